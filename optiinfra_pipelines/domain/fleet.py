@@ -1,0 +1,99 @@
+"""The fleet as its operator describes it: targets, deployments, hosts, objectives, thresholds, retention, cadence.
+
+Nouns only: frozen, closed (an unknown key is an error), units in the names. Reading fleet.yaml, `${NAME}` and errors
+with file and line are `optiinfra_pipelines.settings`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,62}$")]
+Engine = Literal["vllm", "sglang", "tgi", "trtllm", "triton", "dynamo_frontend", "dynamo_worker", "llamacpp", "lmcache", "lmcache_mp"]
+Source = Literal["live", "recorded", "simulated"]
+Ratio = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Frozen(BaseModel):
+    """What every noun of ours is: frozen, and closed to keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Target(Frozen):
+    """One endpoint that serves metrics in Prometheus text."""
+
+    name: Name
+    url: str = Field(pattern=r"^https?://", description="Full URL of the metrics page, such as http://10.0.0.5:8000/metrics.")
+    deployment: Name | None = Field(None, description="Deployment this replica belongs to.")
+    host: Name | None = Field(None, description="Host it runs on, to join GPU and host telemetry.")
+    engine: Engine | None = Field(None, description="Engine, where the page alone cannot tell; detected when absent.")
+    source: Source = Field("live", description="What stands behind the URL; shown wherever its numbers are shown.")
+    headers: dict[str, SecretStr] = Field(default_factory=dict, description="Extra request headers; secrets as ${NAME}.")
+    keep: tuple[str, ...] = Field((), description="Families to keep verbatim in raw_kept_samples; * and ? are wildcards.")
+
+
+class Objective(Frozen):
+    """A promise about one deployment: at least `target_ratio` of requests good over `window_days`."""
+
+    kind: Literal["ttft", "tpot", "itl", "e2e", "error_ratio", "availability"]
+    target_ratio: Annotated[float, Field(gt=0, lt=1)]
+    threshold_seconds: Positive | None = Field(None, description="Bound of a latency objective; none for the others.")
+    window_days: Positive = 30.0
+
+
+class Deployment(Frozen):
+    """Replicas that share a model and a configuration."""
+
+    name: Name
+    model: str
+    engine: Engine | None = None
+    gpu: str | None = Field(None, description="GPU type, such as H100-80GB-SXM.")
+    gpus_per_replica: Annotated[int, Field(ge=0)] = 0
+    price_usd_per_gpu_hour: Annotated[float, Field(ge=0)] | None = Field(None, description="What one GPU costs you; the price table when absent.")
+    min_replicas: Annotated[int, Field(ge=0)] = 1
+    max_replicas: Annotated[int, Field(ge=1)] | None = None
+    objectives: tuple[Objective, ...] = ()
+
+
+class Host(Frozen):
+    """A machine: this one (`local`), or one read through its exporters."""
+
+    name: Name
+    local: bool = False
+    dcgm_exporter: str | None = Field(None, pattern=r"^https?://")
+    node_exporter: str | None = Field(None, pattern=r"^https?://")
+    source: Source = "live"
+
+
+class Cadence(Frozen):
+    """How often. Collection follows Dagster's daemon, which cannot look more often than every 5 s."""
+
+    collect_seconds: Annotated[int, Field(ge=5, le=300)] = 5
+    refresh_minutes: Annotated[int, Field(ge=1, le=1440)] = 2
+    scrape_deadline_seconds: Annotated[float, Field(gt=0, le=30)] = 2.5
+    scrape_concurrency: Annotated[int, Field(ge=1, le=1000)] = 100
+
+
+class Retention(Frozen):
+    """How long each layer lives."""
+
+    raw_hours: Annotated[int, Field(ge=2)] = 48
+    minute_days: Annotated[int, Field(ge=1)] = 14
+    five_minute_days: Annotated[int, Field(ge=1)] = 90
+    hour_days: Annotated[int, Field(ge=1)] = 730
+
+
+class Fleet(Frozen):
+    """A whole fleet.yaml. Names are unique within their list; references resolve (checked by settings)."""
+
+    targets: tuple[Target, ...] = ()
+    deployments: tuple[Deployment, ...] = ()
+    hosts: tuple[Host, ...] = ()
+    keep: tuple[str, ...] = Field((), description="Families to keep verbatim from every target.")
+    cadence: Cadence = Cadence()
+    retention: Retention = Retention()
+    thresholds: dict[str, float] = Field(default_factory=dict, description="Overrides of analysis thresholds by name.")
