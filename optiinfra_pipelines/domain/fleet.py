@@ -11,7 +11,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,62}$")]
-Engine = Literal["vllm", "sglang", "tgi", "trtllm", "triton", "dynamo_frontend", "dynamo_worker", "llamacpp", "lmcache", "lmcache_mp"]
+Engine = Literal[
+    "vllm", "sglang", "tgi", "trtllm", "triton", "dynamo_frontend", "dynamo_worker", "llamacpp", "lmcache", "lmcache_mp"
+]
 Source = Literal["live", "recorded", "simulated"]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -27,13 +29,15 @@ class Target(Frozen):
     """One endpoint that serves metrics in Prometheus text."""
 
     name: Name
-    url: str = Field(pattern=r"^https?://", description="Full URL of the metrics page, such as http://10.0.0.5:8000/metrics.")
+    url: str = Field(
+        pattern=r"^https?://", description="Full URL of the metrics page, such as http://10.0.0.5:8000/metrics."
+    )
     deployment: Name | None = Field(None, description="Deployment this replica belongs to.")
     host: Name | None = Field(None, description="Host it runs on, to join GPU and host telemetry.")
     engine: Engine | None = Field(None, description="Engine, where the page alone cannot tell; detected when absent.")
     source: Source = Field("live", description="What stands behind the URL; shown wherever its numbers are shown.")
-    headers: dict[str, SecretStr] = Field(default_factory=dict, description="Extra request headers; secrets as ${NAME}.")
-    keep: tuple[str, ...] = Field((), description="Families to keep verbatim in raw_kept_samples; * and ? are wildcards.")
+    headers: dict[str, SecretStr] = Field(default_factory=dict, description="Request headers; secrets as ${NAME}.")
+    keep: tuple[str, ...] = Field((), description="Families to keep in raw_kept_samples; * and ? are wildcards.")
 
 
 class Objective(Frozen):
@@ -53,7 +57,9 @@ class Deployment(Frozen):
     engine: Engine | None = None
     gpu: str | None = Field(None, description="GPU type, such as H100-80GB-SXM.")
     gpus_per_replica: Annotated[int, Field(ge=0)] = 0
-    price_usd_per_gpu_hour: Annotated[float, Field(ge=0)] | None = Field(None, description="What one GPU costs you; the price table when absent.")
+    price_usd_per_gpu_hour: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="What one GPU costs you; the price table's figure when absent."
+    )
     min_replicas: Annotated[int, Field(ge=0)] = 1
     max_replicas: Annotated[int, Field(ge=1)] | None = None
     objectives: tuple[Objective, ...] = ()

@@ -15,7 +15,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 _UTC = pl.Datetime("us", "UTC")
-_POLARS: dict[str, pl.DataType | type[pl.DataType]] = {
+PolarsType = pl.DataType | type[pl.DataType]
+_POLARS: dict[str, PolarsType] = {
     "TIMESTAMPTZ": _UTC,
     "VARCHAR": pl.String,
     "BOOLEAN": pl.Boolean,
@@ -35,13 +36,13 @@ class Column(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    type: str
+    sql_type: str = Field(alias="type")
     description: str
     unit: str | None = None
 
     @property
-    def polars_type(self) -> pl.DataType | type[pl.DataType]:
-        return _POLARS[self.type]
+    def polars_type(self) -> PolarsType:
+        return _POLARS[self.sql_type]
 
 
 class RawTable(BaseModel):
@@ -71,7 +72,7 @@ class RawTable(BaseModel):
 
     def create_sql(self, table: str | None = None) -> str:
         """CREATE TABLE IF NOT EXISTS for this table, under another name where one is given."""
-        columns = ", ".join(f'"{name}" {column.type}' for name, column in self.columns.items())
+        columns = ", ".join(f'"{name}" {column.sql_type}' for name, column in self.columns.items())
         return f'CREATE TABLE IF NOT EXISTS "{table or self.name}" ({columns})'
 
 
