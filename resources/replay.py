@@ -112,7 +112,7 @@ class ReplayServer:
                 self.end_headers()
                 self.wfile.write(body)
 
-            def log_message(self, format: str, *args: object) -> None:
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002
                 """Silence: the collector's log tells what was read."""
 
         return Handler
