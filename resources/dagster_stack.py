@@ -27,9 +27,9 @@ class PortTakenError(RuntimeError):
     """The port of the UI is in use; the message names it and the remedy."""
 
 
-def instance_settings() -> dict[str, object]:
+def instance_settings(dagster_home: Path) -> dict[str, object]:
     """dagster.yaml: sensors on threads (a steady 5 s), bounded history, run monitoring, no telemetry, no dialog."""
-    storage_dir = {"base_dir": {"env": "DAGSTER_HOME"}}
+    storage_dir = {"base_dir": str(dagster_home)}
     return {
         "telemetry": {"enabled": False},
         "nux": {"enabled": False},
@@ -49,9 +49,9 @@ def instance_settings() -> dict[str, object]:
 
 
 def prepare_home(dagster_home: Path) -> None:
-    """Create an absolute DAGSTER_HOME with our dagster.yaml; what it already stores stays."""
+    """Create DAGSTER_HOME (an absolute path) with our dagster.yaml; what it already stores stays."""
     dagster_home.mkdir(parents=True, exist_ok=True)
-    text = "# Written by optiinfra at each start.\n" + yaml.safe_dump(instance_settings(), sort_keys=False)
+    text = "# Written by optiinfra at each start.\n" + yaml.safe_dump(instance_settings(dagster_home), sort_keys=False)
     (dagster_home / "dagster.yaml").write_text(text)
 
 

@@ -1,0 +1,130 @@
+"""Bound Dagster's own storage: it keeps events for ever and a database file per run.
+
+Here: deleting old ticks, run-less events and finished refresh runs. What is never deleted: the newest event of each
+asset, the run that holds it, and every run that is not marked as a refresh (rollouts, rebuilds, what a person
+launched). Uses two tables of Dagster's SQLite storage that have no public API; a test holds them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import dagster as dg
+import sqlalchemy as sa
+from dagster._core.scheduler.instigation import TickStatus
+from dagster._core.storage.event_log.schema import AssetCheckExecutionsTable, SqlEventLogStorageTable
+from dagster._core.storage.event_log.sqlite.sqlite_event_log import SqliteEventLogStorage
+
+# Runs that carry this tag may be forgotten: what they made is in the warehouse.
+REFRESH_TAG = {"optiinfra/kind": "refresh"}
+# Runs deleted by one call: each costs about 10 ms and the job should not hold a slot for long.
+MAX_RUNS = 2000
+
+_FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
+_RUNLESS_TYPES = ("ASSET_MATERIALIZATION", "ASSET_OBSERVATION")
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What one call deleted, and the size of Dagster's folder before and after."""
+
+    events: int
+    runs: int
+    check_results: int
+    bytes_before: int
+    bytes_after: int
+
+
+def prune(instance: dg.DagsterInstance, *, now: datetime, keep: timedelta, keep_failures: timedelta) -> Pruned:
+    """Delete history older than `keep` (failed ticks and runs: older than `keep_failures`).
+
+    Raises TypeError when the instance does not store in SQLite: other stores have retention of their own.
+    """
+    storage = instance.event_log_storage
+    if not isinstance(storage, SqliteEventLogStorage):
+        raise TypeError(f"pruning knows SQLite storage only, this instance uses {type(storage).__name__}")
+    home = Path(instance.root_directory)
+    before = folder_bytes(home)
+    cutoff = now - keep
+    _prune_ticks(instance, cutoff, now - keep_failures)
+    events = _prune_runless_events(storage, cutoff)
+    runs = _prune_runs(instance, storage, cutoff, now - keep_failures)
+    checks = _prune_check_results(storage, cutoff)
+    return Pruned(events, runs, checks, before, folder_bytes(home))
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files under a folder; a file that goes away meanwhile counts as nothing."""
+    return sum(_sizes(folder))
+
+
+def _sizes(folder: Path) -> Iterator[int]:
+    for path in folder.rglob("*"):
+        try:
+            yield path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:
+            continue
+
+
+def _prune_ticks(instance: dg.DagsterInstance, cutoff: datetime, failure_cutoff: datetime) -> None:
+    quiet = [TickStatus.SKIPPED, TickStatus.SUCCESS, TickStatus.STARTED]
+    for state in instance.all_instigator_state():
+        origin, selector = state.instigator_origin_id, state.selector_id
+        instance.purge_ticks(origin, selector, cutoff.timestamp(), quiet)
+        instance.purge_ticks(origin, selector, failure_cutoff.timestamp(), [TickStatus.FAILURE])
+    schedules = instance.schedule_storage
+    if schedules is not None:
+        schedules.purge_asset_evaluations(cutoff.timestamp())
+
+
+def _prune_runless_events(storage: SqliteEventLogStorage, cutoff: datetime) -> int:
+    """Dagster stores a run-less event twice: in the index and in a shard of its own."""
+    table = SqlEventLogStorageTable
+    newest = (
+        sa.select(sa.func.max(table.c.id))
+        .where(table.c.run_id == "")
+        .group_by(table.c.asset_key, table.c.dagster_event_type, table.c.partition)
+    )
+    doomed = sa.delete(table).where(
+        table.c.run_id == "",
+        table.c.dagster_event_type.in_(_RUNLESS_TYPES),
+        table.c.timestamp < cutoff.replace(tzinfo=None),
+        table.c.id.notin_(newest),
+    )
+    with storage.index_connection() as connection:
+        deleted = connection.execute(doomed).rowcount
+    with storage.run_connection("") as connection:
+        connection.execute(doomed)
+    return deleted
+
+
+def _prune_runs(
+    instance: dg.DagsterInstance, storage: SqliteEventLogStorage, cutoff: datetime, failure_cutoff: datetime
+) -> int:
+    newest = (record.asset_entry.last_materialization for record in instance.get_asset_records())
+    holders = {event.run_id for event in newest if event is not None}
+    finished = dg.RunsFilter(tags=REFRESH_TAG, statuses=_FINISHED, updated_before=cutoff)
+    deleted = 0
+    for record in instance.get_run_records(finished, limit=MAX_RUNS, ascending=True):
+        run = record.dagster_run
+        has_failed = run.status is not dg.DagsterRunStatus.SUCCESS
+        if run.run_id in holders or (has_failed and record.update_timestamp > failure_cutoff):
+            continue
+        instance.delete_run(run.run_id)
+        # Dagster empties the run's database but leaves its file, 120 kB each.
+        Path(storage.path_for_shard(run.run_id)).unlink(missing_ok=True)
+        shutil.rmtree(Path(instance.storage_directory()) / run.run_id, ignore_errors=True)
+        deleted += 1
+    return deleted
+
+
+def _prune_check_results(storage: SqliteEventLogStorage, cutoff: datetime) -> int:
+    table = AssetCheckExecutionsTable
+    newest = sa.select(sa.func.max(table.c.id)).group_by(table.c.asset_key, table.c.check_name)
+    doomed = sa.delete(table).where(table.c.create_timestamp < cutoff.replace(tzinfo=None), table.c.id.notin_(newest))
+    with storage.index_connection() as connection:
+        return connection.execute(doomed).rowcount
