@@ -1,0 +1,47 @@
+"""A page of Prometheus text as a polars frame.
+
+Here: `parse`. Not here: how a page is read (`pages`, `reader`).
+"""
+
+from weakref import WeakKeyDictionary
+
+import polars as pl
+
+from optiinfra_pipelines.exposition.pages import Layout
+from optiinfra_pipelines.exposition.reader import Reader
+
+LABEL = pl.Struct({"name": pl.String, "value": pl.String})
+SAMPLE_SCHEMA = {"name": pl.String(), "labels": pl.List(LABEL), "value": pl.Float64(), "timestamp_ms": pl.Int64()}
+
+# A person or an asset looks at a few shapes of page; collectors of many targets have a Reader of their own.
+_READER = Reader(max_layouts=64, max_bytes=64 * 2**20)
+_SERIES: WeakKeyDictionary[Layout, tuple[pl.Series, pl.Series, pl.Series]] = WeakKeyDictionary()
+
+
+def parse(text: str) -> pl.DataFrame:
+    """The samples of a page, one row each, in page order.
+
+    Columns: name; labels, a list of (name, value) in page order; value; timestamp_ms, null where the page gives none.
+    Raises ExpositionError, with line number and cause, on anything that the text format forbids.
+    """
+    page = _READER.read(text)
+    series = _SERIES.get(page.layout)
+    if series is None:
+        series = _SERIES[page.layout] = _constant_series(page.layout)
+    names, labels, no_stamps = series
+    stamps = no_stamps
+    if page.timestamps_ms:
+        stamps = pl.Series(
+            "timestamp_ms", [page.timestamps_ms.get(position) for position in range(len(page.values))], pl.Int64
+        )
+    return pl.DataFrame([names, labels, pl.Series("value", page.values, pl.Float64), stamps])
+
+
+def _constant_series(layout: Layout) -> tuple[pl.Series, pl.Series, pl.Series]:
+    """The columns that all pages of a layout share: names, labels, and timestamps where there are none."""
+    labels = [[{"name": name, "value": value} for name, value in pairs] for pairs in layout.labels]
+    return (
+        pl.Series("name", layout.names, pl.String),
+        pl.Series("labels", labels, pl.List(LABEL)),
+        pl.Series("timestamp_ms", [None] * len(layout.names), pl.Int64),
+    )

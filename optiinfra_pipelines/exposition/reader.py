@@ -1,0 +1,221 @@
+"""Read page after page of the same targets quickly, and never differently.
+
+Here: the memory of page shapes and the fast reading by it. Not here: the grammar, which alone decides what a page
+says the first time (`pages.read_page`).
+
+Why the fast way is safe. A template is a page that the full grammar accepted, cut into the constant texts between its
+values. A new page is read by it only if constants and new values, joined again, are the whole new page to the last
+character; what stands at a value's place must then be a number on its own (or pass the grammar's rule for value,
+timestamp and exemplar). Constants end in a blank or a brace, so no value can grow into a name.
+"""
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from itertools import compress
+from math import isfinite
+from sys import getsizeof
+from threading import Lock
+from weakref import WeakValueDictionary
+
+from optiinfra_pipelines.exposition.grammar import MalformedError, read_number, read_rest
+from optiinfra_pipelines.exposition.pages import (
+    NO_TIMESTAMPS,
+    Draft,
+    Layout,
+    Page,
+    decoded,
+    read_page,
+    refuse_surrogates,
+)
+
+# One template per target of a large fleet, and as many again while a rolling restart changes all their labels.
+MAX_LAYOUTS = 4_096
+# A 62 kB vLLM page takes about 0.25 MB here; 1,000 targets that differ in their labels fit with room.
+MAX_BYTES = 512 * 2**20
+# Keys cost little, but a caller may invent them without end (pod names): past this the table starts anew.
+MAX_KEYS = 65_536
+
+# All that a decimal number, an infinity or a NaN is made of.
+_NUMBER_CHARACTERS = b"0123456789+-.eEinftyaINFTYA"
+
+
+class _Template:
+    """One accepted page, cut at its values."""
+
+    __slots__ = ("__weakref__", "constants", "fingerprint", "is_sample", "layout", "line_count", "size", "value_parts")
+
+    def __init__(self, lines: list[str], draft: Draft, layout: Layout, fingerprint: int) -> None:
+        is_sample = [False] * len(lines)
+        constants: list[str] = []
+        pending: list[str] = []
+        previous = 0
+        for number, start in draft.places:
+            is_sample[number] = True
+            pending = [*lines[previous:number], lines[number][:start]]
+            constants += ["\n".join(pending) if not constants else "\n" + "\n".join(pending), ""]
+            previous = number + 1
+        tail = "\n".join(lines[previous:])
+        constants.append("\n" + tail if constants and previous < len(lines) else tail)
+        self.constants = constants
+        self.is_sample = is_sample
+        self.value_parts = [slice(start, None) for _, start in draft.places]
+        self.line_count = len(lines)
+        self.layout = layout
+        self.fingerprint = fingerprint
+        self.size = _size(constants, layout)
+
+    def fill(self, text: str, lines: list[str]) -> Page | None:
+        """The page that `text` is by this template; None where it is another shape or not plainly right."""
+        if len(lines) != self.line_count:
+            return None
+        tokens = list(map(str.__getitem__, compress(lines, self.is_sample), self.value_parts))
+        rebuilt = self.constants.copy()
+        rebuilt[1::2] = tokens
+        if "".join(rebuilt) != text:
+            return None
+        together = "".join(tokens)
+        if together.isascii() and not together.encode().translate(None, _NUMBER_CHARACTERS):
+            try:
+                values = list(map(float, tokens))
+                if not isfinite(sum(values)):
+                    _check_special(tokens, values)
+            except (ValueError, MalformedError):
+                return None
+            return Page(self.layout, values, NO_TIMESTAMPS)
+        return self._fill_by_grammar(text, tokens)
+
+    def _fill_by_grammar(self, text: str, tokens: list[str]) -> Page | None:
+        """As `fill`, for values that bring timestamps, exemplars or blanks."""
+        refuse_surrogates(text)
+        values: list[float] = []
+        stamps: dict[int, int] = {}
+        try:
+            for position, token in enumerate(tokens):
+                value, stamp = read_rest(token)
+                values.append(value)
+                if stamp is not None:
+                    stamps[position] = stamp
+        except MalformedError:
+            return None
+        return Page(self.layout, values, stamps if stamps else NO_TIMESTAMPS)
+
+
+class Reader:
+    """Reads pages; remembers the shapes it met, up to max_layouts and about max_bytes of memory.
+
+    Safe to share between threads. What is remembered changes the speed of an answer, never the answer.
+    """
+
+    def __init__(self, max_layouts: int = MAX_LAYOUTS, max_bytes: int = MAX_BYTES) -> None:
+        self._max_layouts = max_layouts
+        self._max_bytes = max_bytes
+        self._templates: OrderedDict[int, _Template] = OrderedDict()  # by fingerprint, least recently used first
+        self._latest: WeakValueDictionary[Hashable, _Template] = WeakValueDictionary()  # by the caller's key
+        self._layouts: WeakValueDictionary[Hashable, Layout] = WeakValueDictionary()  # by content
+        self._bytes = 0
+        self._lock = Lock()
+
+    @property
+    def layout_count(self) -> int:
+        """Page shapes remembered now."""
+        return len(self._templates)
+
+    @property
+    def byte_count(self) -> int:
+        """Memory that the remembered shapes take, in bytes, estimated from their parts."""
+        return self._bytes
+
+    def read(self, text: str | bytes, key: Hashable = None) -> Page:
+        """The samples of a page.
+
+        key: whose page it is (a target's name): its last shape is tried first, which spares looking the shape up.
+        Raises ExpositionError, with line number and cause, on anything that the text format forbids.
+        """
+        if isinstance(text, bytes):
+            text = decoded(text)
+        lines = text.split("\n")
+        template = self._latest.get(key)
+        if template is not None:
+            page = template.fill(text, lines)
+            if page is not None:
+                self._touch(template)
+                return page
+        fingerprint = _fingerprint(lines)
+        template = self._templates.get(fingerprint)
+        if template is not None:
+            page = template.fill(text, lines)
+            if page is not None:
+                self._remember_key(key, template)
+                self._touch(template)
+                return page
+        return self._read_anew(text, lines, key, fingerprint)
+
+    def _read_anew(self, text: str, lines: list[str], key: Hashable, fingerprint: int) -> Page:
+        draft = read_page(text, lines)
+        layout = self._layout(draft)
+        if all(start and lines[number][start - 1] in " \t}" for number, start in draft.places):
+            template = _Template(lines, draft, layout, fingerprint)
+            if template.size <= self._max_bytes:
+                self._remember(template)
+                self._remember_key(key, template)
+        return Page(layout, draft.values, draft.timestamps_ms)
+
+    def _layout(self, draft: Draft) -> Layout:
+        """The layout of this content: the one already there, or a new one that shares the tuples of its like."""
+        content = (draft.names, draft.labels, tuple(draft.types.items()))
+        with self._lock:
+            layout = self._layouts.get(content)
+            if layout is None:
+                layout = Layout(draft.names, draft.labels, draft.types)
+                self._layouts[content] = layout
+        return layout
+
+    def _touch(self, template: _Template) -> None:
+        with self._lock:
+            if template.fingerprint in self._templates:
+                self._templates.move_to_end(template.fingerprint)
+
+    def _remember(self, template: _Template) -> None:
+        with self._lock:
+            replaced = self._templates.pop(template.fingerprint, None)
+            self._bytes += template.size - (replaced.size if replaced else 0)
+            self._templates[template.fingerprint] = template
+            while len(self._templates) > self._max_layouts or self._bytes > self._max_bytes:
+                _, dropped = self._templates.popitem(last=False)
+                self._bytes -= dropped.size
+
+    def _remember_key(self, key: Hashable, template: _Template) -> None:
+        with self._lock:
+            if len(self._latest) >= MAX_KEYS:
+                self._latest.clear()
+            self._latest[key] = template
+
+
+def _check_special(tokens: list[str], values: list[float]) -> None:
+    """Refuse what Python takes for an infinity or NaN and Go does not: an overflow, a signed NaN."""
+    for token, value in zip(tokens, values, strict=True):
+        if not isfinite(value):
+            read_number(token)
+
+
+def _fingerprint(lines: list[str]) -> int:
+    """A number that stays the same while only values change. Chance equality costs time, never truth."""
+    return hash(
+        "\n".join(
+            line if line[:1] == "#" else line[: line.rfind("}")] if "}" in line else line.partition(" ")[0]
+            for line in lines
+        )
+    )
+
+
+def _size(constants: list[str], layout: Layout) -> int:
+    """Bytes of memory that a template and its layout hold, counted once per object."""
+    seen: dict[int, int] = {id(text): getsizeof(text) for text in constants}
+    seen.update((id(name), getsizeof(name)) for name in layout.names)
+    for labels in layout.labels:
+        if id(labels) not in seen:
+            seen[id(labels)] = getsizeof(labels)
+            for pair in labels:
+                seen[id(pair)] = getsizeof(pair) + getsizeof(pair[0]) + getsizeof(pair[1])
+    # per sample: a slice and its start, places in the lists and tuples
+    return sum(seen.values()) + len(layout.names) * 160
