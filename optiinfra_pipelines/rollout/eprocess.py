@@ -1,0 +1,160 @@
+"""A test that may be looked at after every tick: the stratified conditional e-process.
+
+Per tick, the canary's and the concurrent baseline's requests are counted over and under a bucket edge. Given how
+many went over in both arms together, the canary's share of them follows Fisher's noncentral hypergeometric law, and
+its odds ratio is all that is left to test: load, time of day and bursts cancel because they strike both arms in the
+same tick. The wealth of a bet against "the canary is at most `null_odds` times as likely to exceed the edge" is a
+nonnegative supermartingale, so it exceeds 1/alpha with probability at most alpha, however often one looks.
+
+Here: the arithmetic of one edge, and its mean over edges. Not here: which edges and margins (`rollout.margins`) or
+what a verdict is (`rollout.judge`). Sources: Turner, Ly, Grünwald 2021 (arXiv 2106.02693) for 2x2 e-values;
+mixture over start times as in Shiryaev-Roberts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+Floats = npt.NDArray[np.float64]
+
+# Bets on how much worse the canary is, as odds ratios over the null; the mixture needs no guess which is true.
+LATENCY_ALTERNATIVES = (1.15, 1.3, 1.6, 2.2, 3.5, 6.0, 15.0)
+# Errors come from near zero: a broken canary multiplies their odds, not raises them by a third.
+ERROR_ALTERNATIVES = (1.5, 3.0, 6.0, 15.0, 50.0, 200.0)
+
+
+@njit(cache=True)
+def _log_weights(canary_total: int, baseline_total: int, over: int) -> Floats:
+    """log C(n1, j) C(n2, k - j) over the support of j: how many of the k requests over the edge are the canary's."""
+    low, high = max(0, over - baseline_total), min(over, canary_total)
+    weights = np.empty(high - low + 1)
+    for i in range(high - low + 1):
+        j = low + i
+        weights[i] = (
+            math.lgamma(canary_total + 1)
+            - math.lgamma(j + 1)
+            - math.lgamma(canary_total - j + 1)
+            + math.lgamma(baseline_total + 1)
+            - math.lgamma(over - j + 1)
+            - math.lgamma(baseline_total - over + j + 1)
+        )
+    return weights
+
+
+@njit(cache=True)
+def _log_normalizer(weights: Floats, low: int, log_odds: float) -> float:
+    """log of the sum of weight(j) * odds^j, without overflow."""
+    top = -np.inf
+    for i in range(weights.size):
+        top = max(top, weights[i] + (low + i) * log_odds)
+    total = 0.0
+    for i in range(weights.size):
+        total += math.exp(weights[i] + (low + i) * log_odds - top)
+    return top + math.log(total)
+
+
+@njit(cache=True)
+def log_increments(
+    canary_over: int, canary_total: int, baseline_over: int, baseline_total: int, log_null: float, log_ratios: Floats
+) -> Floats:
+    """log e of one tick at full stake, one per alternative; zeros when the tick carries no information."""
+    increments = np.zeros(log_ratios.size)
+    over = canary_over + baseline_over
+    low, high = max(0, over - baseline_total), min(over, canary_total)
+    if high <= low:
+        return increments
+    weights = _log_weights(canary_total, baseline_total, over)
+    null = _log_normalizer(weights, low, log_null)
+    for i in range(log_ratios.size):
+        increments[i] = canary_over * log_ratios[i] + null - _log_normalizer(weights, low, log_null + log_ratios[i])
+    return increments
+
+
+@dataclass(frozen=True)
+class TickCounts:
+    """One tick at one edge: whole numbers of requests of each arm, and how many of them went over the edge."""
+
+    canary_total: int
+    canary_over: int
+    baseline_total: int
+    baseline_over: int
+
+    def __post_init__(self) -> None:
+        for name, over, total in (
+            ("canary", self.canary_over, self.canary_total),
+            ("baseline", self.baseline_over, self.baseline_total),
+        ):
+            if not 0 <= over <= total:
+                raise ValueError(
+                    f"{name}: {over} of {total} requests over the edge; deltas of one histogram cannot be so"
+                )
+
+
+@dataclass
+class EdgeProcess:
+    """The wealth of the bets at one edge, from the start of a step.
+
+    null_odds: odds ratio that is still acceptable (over 1: a margin). direction: +1 bets that the canary is worse
+    than the null, -1 that it is better. stake: 0 to 1; under 1 it is tempered against what replicas of one
+    configuration differ by. max_ticks: ticks of the step with every extension; the bound holds so long.
+    """
+
+    null_odds: float
+    alternatives: Sequence[float] = LATENCY_ALTERNATIVES
+    stake: float = 0.5
+    max_ticks: int = 360
+    direction: int = 1
+    ticks: int = 0
+    _plain: Floats = field(init=False, repr=False)
+    _restart: Floats = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.null_odds <= 0 or not 0 < self.stake <= 1 or min(self.alternatives) <= 1 or self.max_ticks < 1:
+            raise ValueError(
+                f"null_odds {self.null_odds}, stake {self.stake}, max_ticks {self.max_ticks}, alternatives "
+                f"{tuple(self.alternatives)}: odds must be positive, the stake in (0, 1], every alternative over 1"
+            )
+        self._log_ratios = self.direction * np.log(np.asarray(self.alternatives, dtype=np.float64))
+        self._plain = np.zeros(len(self.alternatives))
+        self._restart = np.full(len(self.alternatives), -np.inf)
+
+    def observe(self, tick: TickCounts) -> None:
+        """Take in one tick. Raises ValueError past `max_ticks`: a longer step needs an error budget of its own."""
+        if self.ticks >= self.max_ticks:
+            raise ValueError(f"the step was planned for {self.max_ticks} ticks; start a new step with its own alpha")
+        self.ticks += 1
+        # A bet may start in any tick: with prior 1/T each, also in ticks that carry no information.
+        self._restart = np.logaddexp(self._restart, -math.log(self.max_ticks))
+        increments = self.stake * log_increments(
+            tick.canary_over,
+            tick.canary_total,
+            tick.baseline_over,
+            tick.baseline_total,
+            math.log(self.null_odds),
+            self._log_ratios,
+        )
+        self._plain = self._plain + increments
+        self._restart = self._restart + increments
+
+    @property
+    def log_e(self) -> tuple[float, float]:
+        """log wealth of the bets from the first tick on, and of those with a free start; means over alternatives."""
+        count = math.log(len(self.alternatives))
+        return (
+            float(np.logaddexp.reduce(self._plain)) - count,
+            float(np.logaddexp.reduce(self._restart)) - count,
+        )
+
+
+def combined_log_e(processes: Sequence[EdgeProcess]) -> float:
+    """log of the mean wealth over edges and over both kinds of start: valid under any dependence between them."""
+    if not processes:
+        raise ValueError("no edge to judge by")
+    values = [value for process in processes for value in process.log_e]
+    return float(np.logaddexp.reduce(np.asarray(values))) - math.log(len(values))
