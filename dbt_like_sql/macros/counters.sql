@@ -1,0 +1,22 @@
+-- Growth of a counter between two samples, and the grid that minutes and hours lie on.
+
+-- What a counter grew by since the sample before. NULL when either is unknown; a counter that fell was reset and
+-- has counted its new value since.
+create or replace macro counter_increase(before, now_is) as
+    case when now_is < before then now_is else now_is - before end;
+
+-- The same where the process behind the counter is known to have been restarted in between: it counts from zero.
+create or replace macro counter_step(before, now_is, is_restart) as
+    case when is_restart then now_is else counter_increase(before, now_is) end;
+
+-- Start of the UTC step of so many seconds that holds a moment, whatever the session's time zone.
+create or replace macro utc_step(step_seconds, moment) as
+    make_timestamptz(epoch_us(moment) // (step_seconds * 1000000) * (step_seconds * 1000000));
+
+-- A division that knows nothing when there is nothing to divide by.
+create or replace macro ratio(part, whole) as
+    case when whole > 0 then part / whole end;
+
+-- NaN is how PromQL says "no observations"; in tables that is NULL.
+create or replace macro known(value) as
+    case when not isnan(value) then value end;

@@ -1,0 +1,18 @@
+-- Targets of the fleet as fleet.yaml describes them now, one row per target.
+with
+
+loads as (
+
+    select * from raw_fleet_targets
+
+),
+
+newest as (
+
+    select *
+    from loads
+    where loaded_at = (select max(loaded_at) from loads)
+
+)
+
+select * from newest
