@@ -11,11 +11,11 @@ from types import MappingProxyType
 
 from optiinfra_pipelines.exposition.errors import ExpositionError, foreign_document
 from optiinfra_pipelines.exposition.grammar import (
+    KnownLabels,
     Labels,
     MalformedError,
     read_metadata,
-    read_rest,
-    read_series,
+    read_sample,
 )
 
 
@@ -56,6 +56,7 @@ class Page:
     timestamps_ms: Mapping[int, int]
 
 
+_BLANK = frozenset({"", " ", "\t"})
 NO_TIMESTAMPS: Mapping[int, int] = MappingProxyType({})
 
 
@@ -83,25 +84,27 @@ def read_page(text: str, lines: list[str]) -> Draft:
     values: list[float] = []
     stamps: dict[int, int] = {}
     places: list[tuple[int, int]] = []
-    known: dict[str, tuple[str | None, Labels]] = {}
+    known: KnownLabels = {}
+    spellings: dict[str, str] = {}  # one object per metric name, however many buckets it has
     for number, line in enumerate(lines):
-        content = line.lstrip(" \t")
-        if not content:
-            continue
+        first = line[:1]
+        if first in _BLANK:
+            first = line.lstrip(" \t")[:1]
+            if not first:
+                continue
         try:
-            if content[0] == "#":
+            if first == "#":
                 declared = read_metadata(line)
                 if declared is not None:
                     types[declared[0]] = declared[1]
                 continue
-            name, pairs, start = read_series(line, known)
-            value, stamp = read_rest(line[start:])
+            name, pairs, value, stamp, start = read_sample(line, known)
         except MalformedError as broken:
             cause = foreign_document(text) or str(broken)
             raise ExpositionError(number + 1, cause, line) from None
         if stamp is not None:
             stamps[len(values)] = stamp
-        names.append(name)
+        names.append(spellings.setdefault(name, name))
         labels.append(pairs)
         values.append(value)
         places.append((number, start))
