@@ -16,7 +16,7 @@ Engine = Literal[
 ]
 Source = Literal["live", "recorded", "simulated"]
 Ratio = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Frozen(BaseModel):
@@ -44,7 +44,7 @@ class Objective(Frozen):
     """A promise about one deployment: at least `target_ratio` of requests good over `window_days`."""
 
     kind: Literal["ttft", "tpot", "itl", "e2e", "error_ratio", "availability"]
-    target_ratio: Annotated[float, Field(gt=0, lt=1)]
+    target_ratio: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
     threshold_seconds: Positive | None = Field(None, description="Bound of a latency objective; none for the others.")
     window_days: Positive = 30.0
 
@@ -57,7 +57,7 @@ class Deployment(Frozen):
     engine: Engine | None = None
     gpu: str | None = Field(None, description="GPU type, such as H100-80GB-SXM.")
     gpus_per_replica: Annotated[int, Field(ge=0)] = 0
-    price_usd_per_gpu_hour: Annotated[float, Field(ge=0)] | None = Field(
+    price_usd_per_gpu_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         None, description="What one GPU costs you; the price table's figure when absent."
     )
     min_replicas: Annotated[int, Field(ge=0)] = 1
@@ -80,7 +80,7 @@ class Cadence(Frozen):
 
     collect_seconds: Annotated[int, Field(ge=5, le=300)] = 5
     refresh_minutes: Annotated[int, Field(ge=1, le=1440)] = 2
-    scrape_deadline_seconds: Annotated[float, Field(gt=0, le=30)] = 2.5
+    scrape_deadline_seconds: Annotated[float, Field(gt=0, le=30, allow_inf_nan=False)] = 2.5
     scrape_concurrency: Annotated[int, Field(ge=1, le=1000)] = 100
 
 

@@ -1,0 +1,271 @@
+"""What is wrong with a fleet.yaml, in words with a remedy: the checks of `optiinfra_pipelines.settings`.
+
+Pure. `explain` turns what pydantic found into our words; `check_fleet` finds what a single field cannot know: names
+used twice, references to nothing, credentials in plain sight. No message ever shows a header's value.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from types import MappingProxyType
+from typing import Any, get_args
+from urllib.parse import parse_qsl, urlsplit
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from optiinfra_pipelines.domain.fleet import Fleet
+from optiinfra_pipelines.domain.thresholds import THRESHOLDS
+from optiinfra_pipelines.settings_yaml import Document, KeyPath, Value
+
+# What a number under a key of this ending counts, and an example that is right.
+_UNITS = (
+    ("usd_per_gpu_hour", "US dollars per GPU and hour", "2.5"),
+    ("_seconds", "seconds", "5"),
+    ("_minutes", "minutes", "2"),
+    ("_hours", "hours", "48"),
+    ("_days", "days", "30"),
+    ("_ratio", "a ratio from 0 to 1 (99 % is 0.99)", "0.99"),
+    ("replicas", "replicas", "2"),
+    ("gpus_per_replica", "GPUs", "8"),
+    ("_concurrency", "targets at once", "100"),
+)
+_SECRET_NAME = re.compile(r"auth|cookie|token|secret|passw|api-?_?key|credential|signature", re.IGNORECASE)
+_SECRET_SCHEME = re.compile(r"(?:bearer|basic|token|digest|apikey|negotiate)\s+\S", re.IGNORECASE)
+# A word this long without a space, digits among its letters, is a key and not a tenant's name.
+_SECRET_LOOKS = re.compile(r"(?=[^\s]*[0-9])(?=[^\s]*[A-Za-z])[A-Za-z0-9+/_.=\-]{24,}")
+_HEADER_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+\Z")
+_OUR_HEADERS = {"accept-encoding", "connection", "content-length", "transfer-encoding", "upgrade", "te", "expect"}
+_URL_KEYS = ("url", "dcgm_exporter", "node_exporter")
+_BOUNDS = {
+    "greater_than": ("gt", "more than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
+_FALSE = {"false", "no", "off", "0", "f", "n"}
+_LATENCIES = {"ttft", "tpot", "itl", "e2e"}
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'targets'?`, or what is known when nothing is near."""
+    names = sorted(known)
+    near = get_close_matches(word, names, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known: {', '.join(names)}" if names else "; there are none"
+
+
+def explain(error: ErrorDetails, document: Document) -> tuple[KeyPath, str] | None:
+    """The key and the sentence for one pydantic error; None when the key has been complained about already."""
+    path: KeyPath = tuple(error["loc"])
+    if path in document.faulty:
+        return None
+    key = next((part for part in reversed(path) if isinstance(part, str)), "")
+    written = document.written.get(path)
+    may_hold_secret = "headers" in path or (key in _URL_KEYS and "@" in (written or ""))
+    got = f"; got {_short(written)}" if written is not None and not may_hold_secret else ""
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        return path, f"unknown key{did_you_mean(str(path[-1]), _fields(path[:-1]))}"
+    if kind == "missing":
+        described = _fields(path[:-1])[key].description
+        return path[:-1], f"has no {key!r}; add it" + (f": {described}" if described else "")
+    if kind.startswith(("int_", "float_")) or kind == "finite_number":
+        whole = "a whole number" if kind.startswith("int_") else "a number"
+        return path, f"wants {whole}{_unit(key)}{got}"
+    if kind in _BOUNDS:
+        sign, words = _BOUNDS[kind]
+        return path, f"must be {words} {context[sign]:g}{_unit(key, is_bound=True)}{got}"
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']+)'", str(context.get("expected", "")))
+        return path, f"is not a known {key}{got}{did_you_mean(written or '', choices)}"
+    if kind.startswith("bool_"):
+        return path, f"wants true or false{got}"
+    if kind == "string_pattern_mismatch" and key in _URL_KEYS:
+        return path, f"wants a full URL, such as http://10.0.0.5:8000/metrics{got}"
+    if kind == "string_pattern_mismatch":
+        return path, f"wants letters, digits, '_', '-' and '.', 63 at most, the first a letter or digit{got}"
+    if kind in ("tuple_type", "list_type"):
+        return path, f"wants a list: one '- ' line for each entry{got}"
+    if kind in ("model_type", "dict_type"):
+        return path, f"wants `key: value` lines below it{got}"
+    if kind == "string_type":
+        return path, "wants one word or number, not a list or a mapping"
+    return path, f"is not valid: {error['msg']}{got}"
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:39] + "…")
+
+
+def _unit(key: str, *, is_bound: bool = False) -> str:
+    """What the number under `key` counts, in words that go on from "a number" or from a bound."""
+    for ending, unit, sample in _UNITS:
+        if key.endswith(ending):
+            if is_bound:
+                return f" {unit}" if not unit.startswith("a ratio") else f", {unit}"
+            return f" of {unit}, written without a unit, such as {sample}".replace(" of a ratio", ": a ratio")
+    return ""
+
+
+def _fields(path: KeyPath) -> Mapping[str, Any]:
+    """Fields of the noun that stands at `path`; empty where a mapping is free."""
+    model: type[BaseModel] | None = Fleet
+    for part in path:
+        if isinstance(part, int) or model is None:
+            continue
+        field = model.model_fields.get(part)
+        model = _model_in(field.annotation) if field is not None else None
+    return model.model_fields if model is not None else MappingProxyType({})
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for part in get_args(annotation) if (model := _model_in(part)) is not None), None)
+
+
+def check_fleet(document: Document) -> None:
+    """Add to `document.problems` what only the whole file shows. Works on whatever part of it is well-formed."""
+    lists = {name: _entries(document.value.get(name)) for name in ("targets", "deployments", "hosts")}
+    for name, entries in lists.items():
+        _check_names_are_unique(document, name, entries)
+    known = {
+        name: {str(entry["name"]) for entry in entries.values() if "name" in entry} for name, entries in lists.items()
+    }
+    for index, target in lists["targets"].items():
+        for key, among in (("deployment", "deployments"), ("host", "hosts")):
+            word = target.get(key)
+            if isinstance(word, str) and word not in known[among]:
+                message = f"{_short(word)} is not among the {among}{did_you_mean(word, known[among])}"
+                document.complain(("targets", index, key), message)
+        headers = target.get("headers")
+        if isinstance(headers, dict):
+            _check_headers(document, ("targets", index, "headers"), headers)
+    for name in ("targets", "hosts"):
+        for index, entry in lists[name].items():
+            for key in _URL_KEYS:
+                if isinstance(entry.get(key), str):
+                    _check_url(document, (name, index, key), str(entry[key]))
+    _check_hosts(document, lists["hosts"])
+    for index, deployment in lists["deployments"].items():
+        _check_deployment(document, ("deployments", index), deployment)
+    thresholds = document.value.get("thresholds")
+    if isinstance(thresholds, dict):
+        _check_thresholds(document, thresholds)
+
+
+def _entries(value: Value | None) -> dict[int, dict[str, Value]]:
+    return {i: entry for i, entry in enumerate(value) if isinstance(entry, dict)} if isinstance(value, list) else {}
+
+
+def _check_names_are_unique(document: Document, name: str, entries: Mapping[int, Mapping[str, Value]]) -> None:
+    first: dict[str, int] = {}
+    for index, entry in entries.items():
+        word = entry.get("name")
+        if not isinstance(word, str):
+            continue
+        if word in first:
+            line = document.place((name, first[word], "name")).line
+            message = f"{_short(word)} is also the name on line {line}; names are unique within {name}, rename one"
+            document.complain((name, index, "name"), message)
+        first.setdefault(word, index)
+
+
+def _check_headers(document: Document, path: KeyPath, headers: Mapping[str, Value]) -> None:
+    seen: set[str] = set()
+    for name, value in headers.items():
+        here = (*path, name)
+        written = document.written.get(here, "")
+        if not _HEADER_NAME.match(name):
+            document.complain(here, "is not a header's name (letters, digits and '-')")
+        elif name.lower() in _OUR_HEADERS:
+            document.complain(here, "is set by the collector itself; remove it")
+        elif name.lower() in seen:
+            document.complain(here, "is given twice (case does not count); keep one")
+        elif not isinstance(value, str) or not value.isascii() or not value.isprintable():
+            document.complain(here, "wants one line of ASCII text")
+        elif _is_literal_secret(name, written):
+            shape = f"{name}: Bearer ${{MY_TOKEN}}" if name.lower() == "authorization" else f"{name}: ${{MY_TOKEN}}"
+            message = f"looks like a secret in plain sight; put it into the environment and write  {shape}"
+            document.complain(here, message)
+        seen.add(name.lower())
+
+
+def _is_literal_secret(name: str, written: str) -> bool:
+    """Whether a credential stands in the file itself. What `${NAME}` stands for does not count."""
+    rest = re.sub(r"\$\{[^}]*\}", " ", written).strip()
+    if _SECRET_LOOKS.search(rest) or _SECRET_SCHEME.match(rest):
+        return True
+    # Beside ${NAME} a credential header may hold its scheme ("Bearer") or the name of a cookie ("session=").
+    return bool(_SECRET_NAME.search(name)) and ("${" not in written or len(rest) > 20)
+
+
+def _check_url(document: Document, path: KeyPath, url: str) -> None:
+    if not url.startswith(("http://", "https://")):
+        return  # the field's own pattern says it
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        document.complain(path, f"is not a URL: {str(error).replace(url, '…')}; write http://host:port/path")
+        return
+    if "@" in parts.netloc:
+        message = "holds credentials; take them out and give them as a header: Authorization: Basic ${NAME}"
+        document.complain(path, message)
+    elif not parts.hostname or any(character.isspace() or not character.isprintable() for character in url):
+        document.complain(path, "names no host, or holds a space; write http://host:port/path")
+    elif port == 0:
+        document.complain(path, "has port 0; write the port the endpoint listens on")
+    elif parts.fragment:
+        document.complain(path, "has a part after '#', which is never sent; remove it")
+    elif any(_SECRET_NAME.search(key) for key, _ in parse_qsl(parts.query)):
+        document.complain(path, "holds a secret in its query; URLs are shown, so give it as a header with ${NAME}")
+
+
+def _check_hosts(document: Document, hosts: Mapping[int, Mapping[str, Value]]) -> None:
+    local: int | None = None
+    for index, host in hosts.items():
+        is_local = str(host.get("local", "false")).lower() not in _FALSE
+        if not is_local and "dcgm_exporter" not in host and "node_exporter" not in host:
+            message = "has nothing to read; add `local: true`, or the URL of a dcgm_exporter or node_exporter"
+            document.complain(("hosts", index), message)
+        if is_local and local is not None:
+            line = document.place(("hosts", local)).line
+            document.complain(("hosts", index, "local"), f"the host on line {line} is this machine already; keep one")
+        if is_local and local is None:
+            local = index
+
+
+def _check_deployment(document: Document, path: KeyPath, deployment: Mapping[str, Value]) -> None:
+    low, high = deployment.get("min_replicas"), deployment.get("max_replicas")
+    if isinstance(low, str) and isinstance(high, str) and low.isdigit() and high.isdigit() and int(low) > int(high):
+        document.complain((*path, "max_replicas"), f"is {high}, below min_replicas {low}; swap them or raise it")
+    for index, objective in _entries(deployment.get("objectives")).items():
+        here = (*path, "objectives", index)
+        kind = objective.get("kind")
+        if kind in _LATENCIES and "threshold_seconds" not in objective:
+            message = f"a {kind} objective needs threshold_seconds, the latency that still counts as good"
+            document.complain(here, message)
+        elif kind in ("error_ratio", "availability") and "threshold_seconds" in objective:
+            document.complain((*here, "threshold_seconds"), f"means nothing for {kind}; remove it")
+
+
+def _check_thresholds(document: Document, thresholds: Mapping[str, Value]) -> None:
+    for name, value in thresholds.items():
+        path: KeyPath = ("thresholds", name)
+        known = THRESHOLDS.get(name)
+        if known is None:
+            document.complain(path, f"unknown threshold{did_you_mean(name, THRESHOLDS)}")
+            continue
+        try:
+            number = float(value) if isinstance(value, str) else float("nan")
+        except ValueError:
+            number = float("nan")
+        if not known.minimum <= number <= known.maximum:
+            got = f"; got {_short(document.written[path])}" if path in document.written else ""
+            bounds = f"{known.minimum:.10g} to {known.maximum:.10g} (default {known.default:.10g})"
+            document.complain(path, f"wants a number in {known.unit}, without the unit, from {bounds}{got}")
