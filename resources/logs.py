@@ -38,20 +38,11 @@ def configure_logging(environ: Mapping[str, str], stream: TextIO | None = None) 
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="at"),
     ]
     # Tracebacks without local variables: those of a scrape hold request headers.
+    processors += [structlog.processors.format_exc_info, hide_secrets]
     if form == "json":
-        processors += [
-            structlog.processors.format_exc_info,
-            hide_secrets,
-            structlog.processors.JSONRenderer(default=str),
-        ]
+        processors.append(structlog.processors.JSONRenderer(default=str))
     else:
-        processors += [
-            structlog.processors.format_exc_info,
-            hide_secrets,
-            structlog.dev.ConsoleRenderer(
-                colors=out.isatty(), timestamp_key="at", exception_formatter=structlog.dev.plain_traceback
-            ),
-        ]
+        processors.append(structlog.dev.ConsoleRenderer(colors=out.isatty(), timestamp_key="at"))
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger("info"),
