@@ -50,7 +50,7 @@ class Breaker:
         if self.state == "closed":
             return self, True
         longest = policy.max_backoff_seconds * MAX_SPREAD
-        if self.retry_at <= at or self.retry_at - at > longest:
+        if self.retry_at <= at or self.retry_at - at > longest + _ROUNDING_SECONDS:
             return replace(self, state="half_open", retry_at=at + longest), True
         return self, False
 
@@ -68,6 +68,8 @@ class Breaker:
 
 # Probes of a rack that failed together come back spread over a fifth of the backoff, not in one tick.
 MIN_SPREAD, MAX_SPREAD = 0.9, 1.1
+# Seconds since 1970 as a float carry 0.2 microseconds of rounding.
+_ROUNDING_SECONDS = 0.001
 
 
 def spread_of(name: str) -> float:

@@ -87,6 +87,9 @@ class Loopback:
                 if not data:
                     return
                 pending += data
+                if pending.startswith(b"\x16\x03"):  # a TLS hello: servers without TLS answer in plain text
+                    connection.sendall(answer(b"", code="400 Bad Request"))
+                    return
             head, pending = pending.split(b"\r\n\r\n", 1)
             lines = head.decode("latin-1").split("\r\n")
             path = lines[0].split(" ")[1]
