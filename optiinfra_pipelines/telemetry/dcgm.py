@@ -124,7 +124,7 @@ BOARD_COLUMNS: Mapping[str, tuple[Alias, ...]] = {
         Alias(("PROF_NVLINK_TX_BYTES", "PROF_NVLINK_RX_BYTES")),
         *_ways("DEV_NVLINK_BANDWIDTH_TOTAL", "DEV_NVLINK_THROUGHPUT_TOTAL", factor=NVLINK_UNIT_BYTES_PER_SECOND),
     ),
-    # A lower bound where the csv names only some of the kinds: an error that is told must not be lost for one that is not.
+    # A lower bound where the csv names only some kinds: an error that is told must not be lost for one that is not.
     "nvlink_errors_total": (
         Alias(
             tuple(f"DEV_NVLINK_{kind}_ERROR_COUNT_TOTAL" for kind in ("CRC_FLIT", "CRC_DATA", "REPLAY", "RECOVERY")),

@@ -29,7 +29,7 @@ class AnswerError(ValueError):
 
 
 def selector(families: str, label: str, values: Collection[str]) -> str:
-    """PromQL selector of families (an RE2 pattern, anchored by Prometheus) on the series where `label` is one of `values`."""
+    """PromQL selector of families (an RE2 pattern, anchored at both ends) where `label` is one of `values`."""
     alternatives = "|".join(_quoted_pattern(value) for value in sorted(values))
     return f'{{__name__=~"{families}",{label}=~"{alternatives}"}}'
 
@@ -67,7 +67,7 @@ def read_answer(body: str | bytes) -> Moments:
         raise AnswerError(f"the server refused: {answer.get('errorType')}: {answer.get('error')}")
     data = answer.get("data")
     kind = data.get("resultType") if isinstance(data, dict) else None
-    if kind not in ("vector", "matrix"):
+    if not isinstance(data, dict) or kind not in ("vector", "matrix"):
         raise AnswerError(f"the answer is a {kind}, not a vector or matrix of samples")
     moments: dict[datetime, list[Sample]] = defaultdict(list)
     try:
