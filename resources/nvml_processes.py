@@ -1,0 +1,141 @@
+"""The processes on one GPU: who holds memory, who computes.
+
+Here: NVML's process lists and per-process utilization, and the name of a pid from /proc. Not here: the processes' own
+CPU and waits, which are the host collector's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import pynvml as nvml
+
+from resources.nvml_ask import Ledger, ask_first, code_of
+
+# The last kind that lists a pid is the most telling: clients of MPS are in the compute list, too.
+_LISTS: tuple[tuple[str, str, tuple[Callable[..., list[Any]], ...]], ...] = (
+    (
+        "graphics",
+        "graphics_processes",
+        (nvml.nvmlDeviceGetGraphicsRunningProcesses_v3, nvml.nvmlDeviceGetGraphicsRunningProcesses_v2),
+    ),
+    (
+        "compute",
+        "compute_processes",
+        (nvml.nvmlDeviceGetComputeRunningProcesses_v3, nvml.nvmlDeviceGetComputeRunningProcesses_v2),
+    ),
+    (
+        "mps",
+        "mps_processes",
+        (nvml.nvmlDeviceGetMPSComputeRunningProcesses_v3, nvml.nvmlDeviceGetMPSComputeRunningProcesses_v2),
+    ),
+)
+_NO_INSTANCE = 0xFFFFFFFF
+
+
+@dataclass
+class GpuProcess:
+    """One process on one GPU. mig_instance '' when it uses the whole GPU; None where the driver does not tell."""
+
+    pid: int
+    kind: str
+    mig_instance: str
+    used_memory_bytes: float | None
+    sm_utilization_ratio: float | None = None
+    name: str | None = None
+
+
+def _patiently(call: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """Ask twice: the bindings allocate exactly as many entries as there were a moment ago."""
+
+    def asked(handle: object, since: int) -> list[Any]:
+        try:
+            return call(handle, since)
+        except nvml.NVMLError as error:
+            if code_of(error) != nvml.NVML_ERROR_INSUFFICIENT_SIZE:
+                raise
+        return call(handle, since)
+
+    asked.__name__ = call.__name__
+    return asked
+
+
+_UTILIZATION = (
+    _patiently(nvml.nvmlDeviceGetProcessesUtilizationInfo),  # since driver 550
+    _patiently(nvml.nvmlDeviceGetProcessUtilization),
+)
+
+
+class ProcessReader:
+    """Reads the processes of one GPU, tick after tick."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._newest_utilization_us = 0
+        self._names: dict[int, str | None] = {}
+
+    def read(self, handle: object, memory_total_bytes: float | None) -> list[GpuProcess] | None:
+        """The processes, by pid; empty when there are none, None when they cannot be listed."""
+        found = self._listed(handle, memory_total_bytes)
+        if not found:
+            self._names.clear()
+            return found
+        busy = self._busy(handle)
+        self._names = {process.pid: self._name(process.pid) for process in found}
+        for process in found:
+            process.name = self._names[process.pid]
+            if busy is not None:
+                process.sm_utilization_ratio = busy.get(process.pid, 0.0)
+        return found
+
+    def forget_names(self) -> None:
+        """Look the names up again: a server names itself some time after it has started."""
+        self._names.clear()
+
+    def _listed(self, handle: object, memory_total_bytes: float | None) -> list[GpuProcess] | None:
+        found: dict[tuple[int, str], GpuProcess] = {}
+        for kind, metric, calls in _LISTS:
+            entries: list[Any] | None = ask_first(self._ledger, metric, calls, handle, when_empty=[])
+            if entries is None:
+                if metric in self._ledger.unsupported:
+                    continue
+                return None
+            for entry in entries:
+                instance = "" if entry.gpuInstanceId == _NO_INSTANCE else str(entry.gpuInstanceId)
+                memory = entry.usedGpuMemory
+                # Early 535 drivers laid these entries out differently for a while; such garbage is told by its values.
+                if entry.pid == 0 or (memory and memory_total_bytes and memory > memory_total_bytes):
+                    self._ledger.reject(metric)
+                    continue
+                used = None if memory is None else float(memory)
+                found[entry.pid, instance] = GpuProcess(entry.pid, kind, instance, used)
+        return list(found.values())
+
+    def _busy(self, handle: object) -> dict[int, float] | None:
+        """SM share (0-1) by pid since the last tick; a process that is not in it did nothing. None: not told."""
+        samples: list[Any] | None = ask_first(
+            self._ledger, "sm_utilization_ratio", _UTILIZATION, handle, self._newest_utilization_us, when_empty=[]
+        )
+        if samples is None:
+            return None
+        since = self._newest_utilization_us
+        busy: dict[int, float] = {}
+        for sample in samples:
+            share = sample.smUtil / 100
+            # Old samples come again when nothing new happened, and some drivers answer with numbers over 100 %.
+            if sample.timeStamp > since and 0 <= share <= 1:
+                busy[sample.pid] = share
+                self._newest_utilization_us = max(self._newest_utilization_us, sample.timeStamp)
+        return busy
+
+    def _name(self, pid: int) -> str | None:
+        """Name of a running process; None when the pid is not of our pid namespace or is gone."""
+        if pid not in self._names:
+            try:
+                self._names[pid] = psutil.Process(pid).name()
+            except psutil.Error:
+                self._names[pid] = None
+        return self._names[pid]
