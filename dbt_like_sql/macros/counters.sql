@@ -20,3 +20,7 @@ create or replace macro ratio(part, whole) as
 -- NaN is how PromQL says "no observations"; in tables that is NULL.
 create or replace macro known(value) as
     case when not isnan(value) then value end;
+
+-- Mean of values, each with its weight; what is unknown weighs nothing.
+create or replace macro weighted_mean(value, weight) as
+    sum(value * weight) / nullif(sum(case when value is not null then weight end), 0);

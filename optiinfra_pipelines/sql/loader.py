@@ -186,6 +186,7 @@ def _bind(con: duckdb.DuckDBPyConnection, ordered: list[Draft]) -> Models:
         }
     install_macros(con)
     con.execute("set variable window_start = now(); set variable window_end = now()")
+    times = {table.name: table.time for table in raw_tables().values() if table.time}
     models = []
     for draft in ordered:
         try:
@@ -197,7 +198,8 @@ def _bind(con: duckdb.DuckDBPyConnection, ordered: list[Draft]) -> Models:
         columns = _columns(draft, types, described)
         con.execute(create_table_sql(draft.name, columns))
         described[draft.name] = {c.name: ColumnSpec(description=c.description, unit=c.unit) for c in columns}
-        models.append(_model(draft, columns))
+        times |= {draft.name: draft.spec.time} if draft.spec.time else {}
+        models.append(_model(draft, columns, times))
     return Models(models)
 
 
@@ -237,7 +239,7 @@ def _columns(
     )
 
 
-def _model(draft: Draft, columns: tuple[ModelColumn, ...]) -> Model:
+def _model(draft: Draft, columns: tuple[ModelColumn, ...], times: Mapping[str, str]) -> Model:
     spec = draft.spec
     return Model(
         name=draft.name,
@@ -253,6 +255,7 @@ def _model(draft: Draft, columns: tuple[ModelColumn, ...]) -> Model:
         columns=columns,
         tests=tuple(_named(test) for test in (*_implied_tests(spec, columns), *spec.tests)),
         depends_on=draft.depends_on,
+        times={name: times[name] for name in draft.depends_on if name in times},
         fingerprint=hashlib.sha256(draft.sql.encode()).hexdigest()[:16],
     )
 

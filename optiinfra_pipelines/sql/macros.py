@@ -5,6 +5,7 @@ Not here: what they mean, which is in the SQL files themselves.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,6 +46,12 @@ def macros() -> tuple[Macro, ...]:
 def table_macros() -> Mapping[str, str]:
     """The macros that stand for a table, by name: the query behind each."""
     return {macro.name: macro.query for macro in macros() if macro.query}
+
+
+@cache
+def macros_fingerprint() -> str:
+    """Changes whenever a macro does."""
+    return hashlib.sha256("".join(macro.sql for macro in macros()).encode()).hexdigest()[:16]
 
 
 def install_macros(con: duckdb.DuckDBPyConnection) -> None:

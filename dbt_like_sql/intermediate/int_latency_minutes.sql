@@ -1,0 +1,159 @@
+-- What each histogram counted, one row per target, engine rank, metric, bounds and minute.
+with
+
+steps as (
+
+    select * from scrape_steps(getvariable('window_start'), getvariable('window_end'))
+
+),
+
+histograms as (
+
+    select *
+    from stg_engine_histograms
+    where scraped_at >= getvariable('window_start') - interval 1 hour and scraped_at < getvariable('window_end')
+
+),
+
+scraped as (
+
+    select
+        now_is.target,
+        now_is.engine_rank,
+        now_is.metric,
+        now_is.bounds_id,
+        now_is.scraped_at,
+        now_is.vantage,
+        now_is.source_metric,
+        now_is.is_proxy,
+        steps.minute_at,
+        before.scraped_at as previous_at,
+        case when before.scraped_at is not null then steps.gap_seconds end as gap_seconds,
+        steps.is_restart
+            or coalesce(now_is.count_value < before.count_value, false)
+            or (before.scraped_at is not null and now_is.bounds_id is distinct from before.bounds_id) as is_reset
+
+    from steps
+
+    inner join histograms as now_is
+        on now_is.target = steps.target and now_is.scraped_at = steps.scraped_at
+
+    left join histograms as before
+        on
+            before.target = steps.target
+            and before.scraped_at = steps.previous_at
+            and before.engine_rank = now_is.engine_rank
+            and before.metric = now_is.metric
+
+),
+
+lives as (
+
+    -- A counter's life ends at a reset; within one life the last list less the first is all that was counted.
+    select
+        *,
+        count(*) filter (is_reset)
+            over (partition by target, engine_rank, metric order by scraped_at rows unbounded preceding) as life
+
+    from scraped
+
+),
+
+stretches as (
+
+    select
+        target,
+        engine_rank,
+        metric,
+        bounds_id,
+        minute_at,
+        life,
+        max(scraped_at) as last_at,
+        -- Counting goes from the scrape before; from zero after a reset; at first sight, from the first scrape.
+        arg_min_null(
+            case when not is_reset then coalesce(previous_at, scraped_at) end, scraped_at
+        ) as from_at,
+        arg_max(vantage, scraped_at) as vantage,
+        arg_max(source_metric, scraped_at) as source_metric,
+        arg_max(is_proxy, scraped_at) as is_proxy,
+        count(*) as sample_count,
+        sum(gap_seconds) as observed_seconds,
+        max(gap_seconds) as gap_seconds,
+        bool_or(previous_at is not null or is_reset) as is_known
+
+    from lives
+
+    group by target, engine_rank, metric, bounds_id, minute_at, life
+
+),
+
+counted as (
+
+    select
+        stretches.*,
+        last_is.count_value - coalesce(from_is.count_value, 0) as count_increment,
+        last_is.sum_value - coalesce(from_is.sum_value, 0) as sum_increment,
+        last_is.bucket_counts,
+        case
+            when from_is.bucket_counts is null then last_is.bucket_counts
+            else list_transform(list_zip(last_is.bucket_counts, from_is.bucket_counts), lambda p_: p_[1] - p_[2])
+        end as bucket_growth,
+        last_is.count_value as count_last,
+        last_is.sum_value as sum_last
+
+    from stretches
+
+    inner join histograms as last_is
+        on
+            last_is.target = stretches.target
+            and last_is.scraped_at = stretches.last_at
+            and last_is.engine_rank = stretches.engine_rank
+            and last_is.metric = stretches.metric
+
+    left join histograms as from_is
+        on
+            from_is.target = stretches.target
+            and from_is.scraped_at = stretches.from_at
+            and from_is.engine_rank = stretches.engine_rank
+            and from_is.metric = stretches.metric
+
+),
+
+judged as (
+
+    -- A bucket that fell although the count did not is a reset the count outran: all there is has come since.
+    select
+        *,
+        count_increment < 0 or coalesce(list_min(bucket_growth) < 0, false) as is_outrun
+
+    from counted
+
+    where is_known
+
+),
+
+minutes as (
+
+    select
+        target,
+        engine_rank,
+        metric,
+        bounds_id,
+        minute_at,
+        arg_max(vantage, last_at) as vantage,
+        arg_max(source_metric, last_at) as source_metric,
+        arg_max(is_proxy, last_at) as is_proxy,
+        sum(sample_count)::bigint as sample_count,
+        sum(observed_seconds) as observed_seconds,
+        max(gap_seconds) as gap_seconds,
+        sum(case when is_outrun then count_last else count_increment end) as observation_count,
+        sum(case when is_outrun then sum_last else sum_increment end) as observation_sum,
+        histogram_merge(list(case when is_outrun then bucket_counts else bucket_growth end)) as bucket_increments
+
+    from judged
+
+    group by target, engine_rank, metric, bounds_id, minute_at
+
+)
+
+select * from minutes

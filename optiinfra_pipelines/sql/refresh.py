@@ -1,0 +1,207 @@
+"""Bring stored models up to date: replace one window of an incremental model, remake a table, create a view.
+
+A connection to the warehouse comes in, with the raw tables in it; nothing is opened or closed here, and the clock is
+an argument.
+
+How a window reaches the SQL: as the DuckDB variables `window_start` and `window_end`, which a model reads with
+`getvariable`. By hand: `set variable window_start = timestamptz '2026-11-20 10:00:00+00'`, the same for `window_end`,
+then the model's file as it is.
+
+What is new: each incremental model remembers how far it has come (`model_state.high_water_at`). The next window
+starts OVERLAP before that, because rows of one moment do not land at one moment, and ends now; the minute under way
+is filled as far as it has come, and redone next time. Rows that land later than that are announced with `rewind`.
+The first window begins with the oldest row that can be read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+
+import duckdb
+
+from optiinfra_pipelines.sql.loader import create_table_sql
+from optiinfra_pipelines.sql.macros import install_macros, macros_fingerprint
+from optiinfra_pipelines.sql.models import (
+    Materialization,
+    Model,
+    ModelError,
+    Models,
+    RefreshResult,
+    Window,
+    floor_time,
+)
+
+# A tick takes at most its deadline (2.5 s) plus the wait for the file's lock (a minute) before it is spooled instead.
+OVERLAP = timedelta(minutes=2)
+
+# Steps replaced in one transaction: 1 h of minutes. Bounds the memory of a back-fill and the work a crash loses.
+CHUNK_STEPS = 60
+
+# Raw rows live two hours at the least, so a routine window shorter than this can always be made again in full.
+ALWAYS_READABLE = timedelta(hours=1)
+
+_MACROS = "(macros)"
+
+
+def refresh(con: duckdb.DuckDBPyConnection, model: Model, window: Window) -> RefreshResult:
+    """Make a model right for [window.start, window.end); everything outside stays as it is.
+
+    The window is rounded out to whole rows and cut to what the relations it reads still hold: rows that cannot be
+    made again are not deleted. Each chunk is one transaction. A view or a table knows no window.
+    ModelError where the stored table has a column of another type than the model returns.
+    """
+    started = time.perf_counter()
+    high_water = prepare(con, model)
+    done: Window | None = None
+    rows = 0
+    if model.materialization is Materialization.TABLE:
+        con.execute(f'create or replace table "{model.name}" as {model.sql}')
+        rows = _count(con, f'select count(*) from "{model.name}"')
+    elif model.materialization is Materialization.INCREMENTAL:
+        done = _readable(con, model, window, high_water)
+        for chunk in _chunks(done, model.step_seconds) if done else ():
+            rows += _replace(con, model, chunk)
+    return RefreshResult(model=model.name, rows=rows, seconds=time.perf_counter() - started, window=done)
+
+
+def refresh_all(con: duckdb.DuckDBPyConnection, models: Models, now: datetime) -> list[RefreshResult]:
+    """Bring every model up to `now`, in order. Models that have nothing to read yet are left alone."""
+    results = []
+    for model in models.values():
+        window = next_window(con, model, now) or Window(start=now, end=now)
+        results.append(refresh(con, model, window))
+    return results
+
+
+def next_window(con: duckdb.DuckDBPyConnection, model: Model, now: datetime) -> Window | None:
+    """What a refresh at `now` has to do; None where there is nothing to read yet, or no window to speak of."""
+    if model.materialization is not Materialization.INCREMENTAL:
+        return None
+    high_water = _state(con).get(model.name, (None, None))[1]
+    start = high_water - OVERLAP if high_water else _edge(con, model, "min")
+    return Window(start=min(start, now), end=now) if start else None
+
+
+def rewind(con: duckdb.DuckDBPyConnection, earliest: datetime) -> None:
+    """Rows as old as `earliest` have just landed (a spooled batch): have every model redone from there on."""
+    _state(con)
+    con.execute(
+        "update model_state set high_water_at = ? where high_water_at > ?",
+        [earliest + OVERLAP, earliest + OVERLAP],
+    )
+
+
+def prepare(con: duckdb.DuckDBPyConnection, model: Model) -> datetime | None:
+    """See that macros, state and the model's own view or table are there; how far an incremental model has come."""
+    state = _state(con)
+    if state.get(_MACROS, ("",))[0] != macros_fingerprint():
+        install_macros(con)
+        _remember(con, _MACROS, macros_fingerprint(), None)
+    fingerprint, high_water = state.get(model.name, (None, None))
+    if fingerprint != model.fingerprint:
+        if model.materialization is Materialization.VIEW:
+            con.execute(f'create or replace view "{model.name}" as {model.sql}')
+        elif model.materialization is Materialization.INCREMENTAL:
+            con.execute(create_table_sql(model.name, model.columns))
+            _evolve(con, model)
+        _remember(con, model.name, model.fingerprint, high_water)
+    return high_water
+
+
+def _evolve(con: duckdb.DuckDBPyConnection, model: Model) -> None:
+    """Add the columns a model has gained since its table was made, NULL in rows of before; drop those it has lost."""
+    stored = {row[0]: str(row[1]) for row in con.execute(f'describe "{model.name}"').fetchall()}
+    for column in model.columns:
+        if column.name not in stored:
+            con.execute(f'alter table "{model.name}" add column "{column.name}" {column.sql_type}')
+        elif stored[column.name] != column.sql_type:
+            raise ModelError(
+                f"{model.path} returns {column.name} as {column.sql_type}, but the stored table has "
+                f"{stored[column.name]}; cast it back, or drop the table {model.name} to have it made anew"
+            )
+    for gone in stored.keys() - {column.name for column in model.columns}:
+        con.execute(f'alter table "{model.name}" drop column "{gone}"')
+
+
+def _replace(con: duckdb.DuckDBPyConnection, model: Model, window: Window) -> int:
+    """Delete a window of a model and write it again, with the mark of how far it has come, in one transaction."""
+    inside = f"\"{model.time}\" >= getvariable('window_start') and \"{model.time}\" < getvariable('window_end')"
+    con.execute("begin transaction")
+    try:
+        _set_window(con, window)
+        con.execute(f'delete from "{model.name}" where {inside}')
+        written = _count(con, f'insert into "{model.name}" by name select * from ({model.sql}) where {inside}')
+        con.execute(
+            "update model_state set high_water_at = greatest(coalesce(high_water_at, ?), ?) where model = ?",
+            [window.end, window.end, model.name],
+        )
+        con.execute("commit")
+    except BaseException:
+        con.execute("rollback")
+        raise
+    return written
+
+
+def _set_window(con: duckdb.DuckDBPyConnection, window: Window) -> None:
+    """The window as variables of the connection, in UTC whatever time zone its session has."""
+    con.execute(
+        f"set variable window_start = timestamptz '{window.start.isoformat()}';"
+        f"set variable window_end = timestamptz '{window.end.isoformat()}'"
+    )
+
+
+def _readable(
+    con: duckdb.DuckDBPyConnection, model: Model, window: Window, high_water: datetime | None
+) -> Window | None:
+    """The window in whole steps, without the past that is gone from what the model reads; None if all of it is."""
+    rounded = window.rounded_out(model.step_seconds)
+    is_routine = rounded.end - rounded.start <= ALWAYS_READABLE and (not high_water or rounded.end >= high_water)
+    if is_routine or not high_water:
+        return rounded if rounded.start < rounded.end else None
+    oldest = _edge(con, model, "max")
+    if oldest is None:
+        return None
+    first = floor_time(oldest, model.step_seconds)
+    if first < oldest:
+        first += timedelta(seconds=model.step_seconds)
+    return Window(start=max(rounded.start, first), end=rounded.end) if first < rounded.end else None
+
+
+def _edge(con: duckdb.DuckDBPyConnection, model: Model, which: str) -> datetime | None:
+    """The oldest moment among what a model reads ('min'), or the oldest that all of it reaches back to ('max')."""
+    oldest = " union all ".join(
+        f'select min("{column}") as oldest_at from "{name}"' for name, column in model.times.items()
+    )
+    row = con.execute(f"select {which}(oldest_at) from ({oldest})").fetchone() if oldest else None
+    edge: datetime | None = row[0] if row else None
+    return edge
+
+
+def _chunks(window: Window, step_seconds: int) -> Iterator[Window]:
+    width = timedelta(seconds=step_seconds * CHUNK_STEPS)
+    start = window.start
+    while start < window.end:
+        end = min(start + width, window.end)
+        yield Window(start=start, end=end)
+        start = end
+
+
+def _state(con: duckdb.DuckDBPyConnection) -> dict[str, tuple[str | None, datetime | None]]:
+    """Fingerprint and high-water mark of every model that was ever prepared here."""
+    con.execute(
+        "create table if not exists model_state (model VARCHAR, fingerprint VARCHAR, high_water_at TIMESTAMPTZ)"
+    )
+    rows = con.execute("select model, fingerprint, high_water_at from model_state").fetchall()
+    return {model: (fingerprint, high_water) for model, fingerprint, high_water in rows}
+
+
+def _remember(con: duckdb.DuckDBPyConnection, name: str, fingerprint: str, high_water: datetime | None) -> None:
+    con.execute("delete from model_state where model = ?", [name])
+    con.execute("insert into model_state values (?, ?, ?)", [name, fingerprint, high_water])
+
+
+def _count(con: duckdb.DuckDBPyConnection, sql: str) -> int:
+    row = con.execute(sql).fetchone()
+    return int(row[0]) if row else 0
