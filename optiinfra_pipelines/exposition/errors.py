@@ -9,7 +9,7 @@ import re
 # A log line stays readable; a label value can be megabytes long.
 SHOWN_CHARACTERS = 120
 
-_JSON_START = re.compile(r'\{\s*(?:\}\s*$|"(?:[^"\\]|\\.)*"\s*:)|\[\s*(?:[\]\[{"0-9tfn-])')
+_JSON_START = re.compile(r'\{\s*(?:\}\s*$|"(?:[^"\\]++|\\.)*+"\s*:)|\[\s*(?:[\]\[{"0-9tfn-])')
 
 
 class ExpositionError(ValueError):

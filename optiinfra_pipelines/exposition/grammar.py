@@ -1,17 +1,20 @@
-"""The lines of the Prometheus text format 0.0.4: which are legal, and what they say.
+r"""The lines of the Prometheus text format 0.0.4: which are legal, and what they say.
 
 Here: one line in, its parts out, or `MalformedError` with the rule that it breaks. Not here: pages, caches, frames.
 
 The judge is the parser of the Prometheus server (`model/textparse`, `PromParser`): a line that it refuses makes the
 server drop the whole page, so it is refused here. Known differences, each on purpose:
 
-* accepted here: an OpenMetrics exemplar after the value (checked, then ignored); a signed timestamp (the format
-  defines timestamps by Go's ParseInt, which takes a sign).
-* refused here: a label value with a raw line feed (the format wants it escaped); a NUL that begins a line or stands
-  in `#comment` (Go stops there and silently drops the rest of the page); a TYPE line whose name and type are not
-  separated by a blank (`# TYPE a-counter`); an empty metric or label name and a repeated label name (Go's parser lets
-  them pass and the server then refuses the scrape).
+* Accepted here, as the format's text allows: a signed timestamp (it is defined by Go's ParseInt), blanks before a
+  sample (the server would take them into the metric's name and then refuse it), and of OpenMetrics an exemplar after
+  the value (checked, then ignored).
+* Refused here, because the format forbids it though PromParser lets it pass: two labels without a comma between them;
+  a bare metric name and a value without a blank between them (`a.5 1` would be 0.5 at 1 ms); a raw line feed in a
+  label value; a NUL outside label values and comments (Go silently drops the rest of the page); a TYPE whose name and
+  type are not separated by a blank; an empty metric or label name and a label name given twice (the server refuses the
+  scrape for these).
 * `# EOF` is a comment like any other, as in PromParser: what follows it is read.
+* A backslash before any other letter than `\\`, `"` and `n` stands for itself, as in PromParser.
 """
 
 import re
@@ -29,7 +32,7 @@ _SERIES = re.compile(rf'[ \t]*+({_NAME})?[ \t]*+(\{{(?:[^"{{}}]++|"(?:[^"\\]++|\
 # The line that nearly every exporter writes; a shorter way through the same rules.
 _COMMON = re.compile(rf'({_NAME})(\{{(?:[^"{{}}]++|"[^"\\]*+")*+\}})? (-?[0-9]++(?:\.[0-9]++)?(?:[eE][+-]?[0-9]++)?)\Z')
 _LABEL_NAME = re.compile(rf"[ \t]*+(?:([a-zA-Z_][a-zA-Z0-9_]*+)|{_QUOTED})[ \t]*+")
-_LABEL_VALUE = re.compile(rf"=[ \t]*+{_QUOTED}[ \t]*+,?[ \t]*+")
+_LABEL_VALUE = re.compile(rf"=[ \t]*+{_QUOTED}[ \t]*+")
 _NUMBER = re.compile(
     r"[+-]?(?:[0-9]++\.?[0-9]*+|\.[0-9]++)(?:e[+-]?[0-9]++)?|[+-]?inf(?:inity)?|nan", re.ASCII | re.IGNORECASE
 )
@@ -38,7 +41,7 @@ _METADATA = re.compile(r"[ \t]*+#[ \t]++(HELP|TYPE)[ \t]++(.*)", re.DOTALL)
 _FAMILY = re.compile(rf"({_NAME})|{_QUOTED}")
 _EXEMPLAR = re.compile(r"#[ \t]++(?=\{)")
 _ESCAPE = re.compile(r'\\([\\"n])')
-_INT64_DIGITS = re.compile(r"[+-]?0*+([0-9]{1,19}+)")
+_INT64_DIGITS = re.compile(r"[+-]?(?=[0-9])0*+([0-9]{0,19}+)")
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
 
@@ -56,6 +59,8 @@ def read_metadata(line: str) -> tuple[str, str] | None:
     if family is None:
         raise MalformedError(f"{keyword} is not followed by a metric name")
     if keyword == "HELP":
+        if not rest[family.end() : family.end() + 1].isascii():
+            raise MalformedError(f"the metric name of HELP is followed by {_first(rest[family.end() :])}")
         return None
     kind = rest[family.end() + 1 :]
     if kind not in TYPES or rest[family.end()] not in " \t":
@@ -92,6 +97,8 @@ def read_series(line: str, known: KnownLabels) -> tuple[str, Labels, int]:
             raise MalformedError("a label list is not closed by '}'")
         if name is None:
             raise MalformedError(f"expected a metric name, found {_first(line[end:])}")
+        if end < len(line) and line[end - 1] not in " \t":
+            raise MalformedError(f"expected a blank after metric name {name!r}, found {_first(line[end:])}")
         return name, (), end
     said = known.get(braces)
     if said is None:
@@ -131,6 +138,12 @@ def read_labels(text: str, start: int) -> tuple[str | None, Labels]:
             raise MalformedError(f"the value of label {label!r} is not a complete text in double quotes")
         labels.append((label, _unescaped(value[1])))
         position = value.end()
+        if text[position : position + 1] == ",":
+            position += 1
+        elif _LABEL_NAME.match(text, position):
+            raise MalformedError(f"no comma between label {label!r} and the next")
+        else:
+            break
     rest = text[position:].lstrip(" \t")
     if not rest:
         raise MalformedError("a label list is not closed by '}'")
@@ -138,12 +151,13 @@ def read_labels(text: str, start: int) -> tuple[str | None, Labels]:
         raise MalformedError(f"expected a label name, found {_first(rest)}")
     if name == "":
         raise MalformedError("the metric name is empty")
-    names = [label for label, _ in labels]
-    if "" in names:
-        raise MalformedError("a label name is empty")
-    if len(set(names)) < len(names) or "__name__" in names:
-        repeated = next((label for label in names if names.count(label) > 1), "__name__")
-        raise MalformedError(f"label {repeated!r} is given twice")
+    seen = {"__name__"}
+    for label, _ in labels:
+        if label in seen:
+            raise MalformedError(f"label {label!r} is given twice")
+        if not label:
+            raise MalformedError("a label name is empty")
+        seen.add(label)
     return name, tuple(labels)
 
 
@@ -175,7 +189,7 @@ def read_number(token: str) -> float:
 def read_timestamp(token: str) -> int:
     """Milliseconds since 1970 as a 64-bit integer."""
     digits = _INT64_DIGITS.fullmatch(token)
-    stamp = int(digits[1]) * (-1 if token[0] == "-" else 1) if digits else None
+    stamp = int(digits[1] or 0) * (-1 if token[0] == "-" else 1) if digits else None
     if stamp is None or not _INT64_MIN <= stamp <= _INT64_MAX:
         raise MalformedError(
             f"{token[:40]!r} is not a timestamp in whole milliseconds"
@@ -195,13 +209,12 @@ def _check_exemplar(text: str) -> None:
     name, _ = read_labels(braces[2], 0)
     if name is not None:
         raise MalformedError(f"the exemplar has a quoted text, {name!r}, without a value")
-    parts = text[braces.end() :].split()
-    if not 1 <= len(parts) <= 2:
+    found = _REST.match(text, braces.end())
+    if found is None or found[3]:
         raise MalformedError("an exemplar is labels, a value, and at most a timestamp")
-    for part in parts:
-        number = read_number(part)
-    if len(parts) == 2 and not isfinite(number):
-        raise MalformedError(f"{parts[1]!r} is not a timestamp in seconds")
+    read_number(found[1])
+    if found[2] is not None and not isfinite(read_number(found[2])):
+        raise MalformedError(f"{found[2][:40]!r} is not a timestamp in seconds")
 
 
 def _unescaped(text: str) -> str:

@@ -157,11 +157,10 @@ class Reader:
     def _read_anew(self, text: str, lines: list[str], key: Hashable, fingerprint: int) -> Page:
         draft = read_page(text, lines)
         layout = self._layout(draft)
-        if all(start and lines[number][start - 1] in " \t}" for number, start in draft.places):
-            template = _Template(text, lines, draft, layout, fingerprint)
-            if template.size <= self._max_bytes:
-                self._remember(template)
-                self._remember_key(key, template)
+        template = _Template(text, lines, draft, layout, fingerprint)
+        if template.size <= self._max_bytes:
+            self._remember(template)
+            self._remember_key(key, template)
         return Page(layout, draft.values, draft.timestamps_ms)
 
     def _layout(self, draft: Draft) -> Layout:
