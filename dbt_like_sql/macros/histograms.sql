@@ -68,11 +68,11 @@ create or replace macro histogram_place(counts, rank) as
 create or replace macro histogram_lower_edge(edges, place) as
     case when place > 1 then edges[place - 1] when edges[1] > 0 then 0::double else '-inf'::double end;
 
--- PromQL's histogram_quantile.
-create or replace macro histogram_quantile(q, upper_bounds, cumulative) as
+-- The quantile of a histogram that `histogram_repaired` made; several quantiles of one histogram repair it once.
+create or replace macro repaired_quantile(q, repaired) as
     list_transform(
         list_transform(
-            [{'q': q::double, 'h': histogram_repaired(upper_bounds, cumulative)}],
+            [{'q': q::double, 'h': repaired}],
             lambda k_: {
                 'q': k_.q,
                 'edges': k_.h.edges,
@@ -96,6 +96,10 @@ create or replace macro histogram_quantile(q, upper_bounds, cumulative) as
         end
     )[1];
 
+-- PromQL's histogram_quantile.
+create or replace macro histogram_quantile(q, upper_bounds, cumulative) as
+    repaired_quantile(q, histogram_repaired(upper_bounds, cumulative));
+
 -- The edges of the bucket that holds the quantile: all that the histogram really says about it. NULL where there is
 -- no such bucket; the upper edge of the last bucket is +Inf.
 create or replace macro histogram_quantile_lower(q, upper_bounds, cumulative) as
@@ -114,11 +118,11 @@ create or replace macro histogram_quantile_upper(q, upper_bounds, cumulative) as
         end
     )[1];
 
--- {'lower', 'upper'} that hold the sample quantile of whole observations under every usual definition
--- (nearest rank or interpolated: Hyndman and Fan 1996, types 1 to 9). For increments, not for rates: ranks are counted.
-create or replace macro histogram_quantile_interval(q, upper_bounds, cumulative) as
+-- {'lower', 'upper'} that hold the sample quantile of whole observations under every usual definition (nearest rank
+-- or interpolated: Hyndman and Fan 1996, types 1 to 9). For increments, not for rates: ranks are counted.
+create or replace macro repaired_interval(q, repaired) as
     list_transform(
-        [{'q': q::double, 'h': histogram_repaired(upper_bounds, cumulative)}],
+        [{'q': q::double, 'h': repaired}],
         lambda k_: case when k_.q between 0 and 1 and k_.h is not null then {
             'lower': histogram_lower_edge(
                 k_.h.edges,
@@ -129,6 +133,9 @@ create or replace macro histogram_quantile_interval(q, upper_bounds, cumulative)
             ]
         } end
     )[1];
+
+create or replace macro histogram_quantile_interval(q, upper_bounds, cumulative) as
+    repaired_interval(q, histogram_repaired(upper_bounds, cumulative));
 
 -- Share of observations at or under a bound, exact because only bucket edges are answered: NULL for any other bound.
 create or replace macro histogram_share_at_or_under(bound, upper_bounds, cumulative) as

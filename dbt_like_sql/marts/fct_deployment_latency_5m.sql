@@ -50,25 +50,31 @@ merged as (
 
 ),
 
+bounded as (
+
+    select merged.*, histogram_repaired(upper_bounds, bucket_increments) as repaired
+    from merged
+    left join stg_histogram_bounds using (bounds_id)
+
+),
+
 measured as (
 
     select
-        merged.*,
+        * exclude (repaired),
         count(*) over (partition by deployment, vantage, metric, is_proxy, period_at) as bounds_count,
         ratio(observation_sum, observation_count) as mean_value,
-        known(histogram_quantile(0.5, upper_bounds, bucket_increments)) as p50_value,
-        histogram_quantile_interval(0.5, upper_bounds, bucket_increments).lower as p50_lower,
-        histogram_quantile_interval(0.5, upper_bounds, bucket_increments).upper as p50_upper,
-        known(histogram_quantile(0.95, upper_bounds, bucket_increments)) as p95_value,
-        histogram_quantile_interval(0.95, upper_bounds, bucket_increments).lower as p95_lower,
-        histogram_quantile_interval(0.95, upper_bounds, bucket_increments).upper as p95_upper,
-        known(histogram_quantile(0.99, upper_bounds, bucket_increments)) as p99_value,
-        histogram_quantile_interval(0.99, upper_bounds, bucket_increments).lower as p99_lower,
-        histogram_quantile_interval(0.99, upper_bounds, bucket_increments).upper as p99_upper
+        known(repaired_quantile(0.5, repaired)) as p50_value,
+        repaired_interval(0.5, repaired).lower as p50_lower,
+        repaired_interval(0.5, repaired).upper as p50_upper,
+        known(repaired_quantile(0.95, repaired)) as p95_value,
+        repaired_interval(0.95, repaired).lower as p95_lower,
+        repaired_interval(0.95, repaired).upper as p95_upper,
+        known(repaired_quantile(0.99, repaired)) as p99_value,
+        repaired_interval(0.99, repaired).lower as p99_lower,
+        repaired_interval(0.99, repaired).upper as p99_upper
 
-    from merged
-
-    left join stg_histogram_bounds using (bounds_id)
+    from bounded
 
 )
 

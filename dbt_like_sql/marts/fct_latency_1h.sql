@@ -33,7 +33,7 @@ merged as (
 
 bounded as (
 
-    select merged.*, stg_histogram_bounds.upper_bounds
+    select merged.*, histogram_repaired(upper_bounds, bucket_increments) as repaired
     from merged
     left join stg_histogram_bounds using (bounds_id)
 
@@ -43,14 +43,14 @@ measured as (
 
     -- A quantile is known no better than its bucket: the interval holds it whatever the definition.
     select
-        * exclude (upper_bounds),
+        * exclude (repaired),
         ratio(observation_sum, observation_count) as mean_value,
-        known(histogram_quantile(0.5, upper_bounds, bucket_increments)) as p50_value,
-        histogram_quantile_interval(0.5, upper_bounds, bucket_increments) as p50_interval,
-        known(histogram_quantile(0.95, upper_bounds, bucket_increments)) as p95_value,
-        histogram_quantile_interval(0.95, upper_bounds, bucket_increments) as p95_interval,
-        known(histogram_quantile(0.99, upper_bounds, bucket_increments)) as p99_value,
-        histogram_quantile_interval(0.99, upper_bounds, bucket_increments) as p99_interval
+        known(repaired_quantile(0.5, repaired)) as p50_value,
+        repaired_interval(0.5, repaired) as p50_interval,
+        known(repaired_quantile(0.95, repaired)) as p95_value,
+        repaired_interval(0.95, repaired) as p95_interval,
+        known(repaired_quantile(0.99, repaired)) as p99_value,
+        repaired_interval(0.99, repaired) as p99_interval
 
     from bounded
 

@@ -43,6 +43,9 @@ UNIT_SUFFIXES = (
     "_seconds", "_bytes", "_ratio", "_watts", "_joules", "_celsius", "_mhz", "_tokens", "_per_second", "_cores",
 )  # fmt: skip
 
+# The same safe loader in C where PyYAML was built with it: 1 ms a file instead of 40.
+_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
 NEEDED_FIELDS: Mapping[str, tuple[str, ...]] = {
     "not_null": ("column",),
     "unique": ("columns",),
@@ -102,7 +105,7 @@ def _read_layer(con: duckdb.DuckDBPyConnection, root: Traversable, layer: Layer)
     home = root / layer.value
     yaml_path = f"dbt_like_sql/{layer.value}/{layer.value}.yml"
     yaml_file = home / f"{layer.value}.yml"
-    described = yaml.safe_load(yaml_file.read_text(encoding="utf-8")) if yaml_file.is_file() else {}
+    described = yaml.load(yaml_file.read_text(encoding="utf-8"), Loader=_YAML) if yaml_file.is_file() else {}
     written = {
         entry.name.removesuffix(".sql"): entry.read_text(encoding="utf-8")
         for entry in sorted(home.iterdir(), key=lambda entry: entry.name)
@@ -190,11 +193,9 @@ def _bind(con: duckdb.DuckDBPyConnection, ordered: list[Draft]) -> Models:
     models = []
     for draft in ordered:
         try:
-            con.execute(f'create view "_bound" as {draft.sql}')
-            types = {row[0]: str(row[1]) for row in con.execute('describe "_bound"').fetchall()}
+            types = {row[0]: str(row[1]) for row in con.execute(f"describe {draft.sql}").fetchall()}
         except duckdb.Error as error:
             raise ModelError(f"{draft.path} does not run: {error}") from None
-        con.execute('drop view "_bound"')
         columns = _columns(draft, types, described)
         con.execute(create_table_sql(draft.name, columns))
         described[draft.name] = {c.name: ColumnSpec(description=c.description, unit=c.unit) for c in columns}
