@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 # Tail shares at which edges carry information: the middle for shifts, the tail for stalls.
 WANTED_TAILS = (0.5, 0.25, 0.1, 0.05)
+# A stratum of the reference hour holds at least so many requests; fewer make its tail a guess.
+MIN_STRATUM_REQUESTS = 200
 # An edge that fewer than 0.5 % of requests exceed (or fall under) decides nothing in a step's time.
 USABLE_TAIL = (0.005, 0.995)
 DEFAULT_MARGIN_RATIO = 0.10
@@ -45,54 +47,85 @@ class StableHistogram:
         return self.cumulative[-1]
 
     def tail_ratio(self, seconds: float) -> float:
-        """Share of requests above a latency. Between two edges the tail falls geometrically.
+        """Share of requests above a latency.
 
-        Latency tails fall by factors, not by steps: interpolating the logarithm keeps the odds ratio of a margin
-        nearer the truth than a straight line does where buckets are wide.
+        Between two edges the log-odds of the tail run straight in log latency, as a log-logistic law's do: latency
+        tails are near it, and a straight line through shares would understate a margin by a third where buckets
+        are as wide as an engine's usually are.
         """
         if self.total <= 0:
             raise ValueError("an empty histogram has no tail")
-        below, above = 0.0, 0.0
-        count_below, count_above = 0.0, 0.0
-        for bound, count in zip(self.upper_bounds, self.cumulative, strict=True):
-            above, count_above = bound, count
-            if bound >= seconds:
-                break
-            below, count_below = bound, count
-        tail_below, tail_above = 1 - count_below / self.total, 1 - count_above / self.total
-        if above == seconds or above == math.inf:
-            return tail_above if above == seconds else tail_below
-        if tail_above <= 0 or tail_below <= 0 or below <= 0:
-            share = (seconds - below) / (above - below)
-            return tail_below + share * (tail_above - tail_below)
-        share = math.log(seconds / below) / math.log(above / below)
-        return float(tail_below * (tail_above / tail_below) ** share)
+        index = next(i for i, bound in enumerate(self.upper_bounds) if bound >= seconds)
+        above = self.upper_bounds[index]
+        if above in (seconds, math.inf):
+            return 1 - self.cumulative[index if above == seconds else max(index - 1, 0)] / self.total
+        low = self.upper_bounds[index - 1] if index else 0.0
+        if low <= 0:
+            return 1 - self.cumulative[index] / self.total * seconds / above
+        share = math.log(seconds / low) / math.log(above / low)
+        log_odds = (1 - share) * self._log_odds_at(index - 1) + share * self._log_odds_at(index)
+        return 1 / (1 + math.exp(-log_odds))
+
+    def _log_odds_at(self, index: int) -> float:
+        """Of the tail at one edge; half a request stands for none, so that it stays finite."""
+        over = self.total - self.cumulative[index]
+        return math.log((over + 0.5) / (self.cumulative[index] + 0.5))
 
 
-def judged_edges(stable: StableHistogram, margin_ratio: float = DEFAULT_MARGIN_RATIO) -> list[JudgedEdge]:
+def judged_edges(minutes: Sequence[StableHistogram], margin_ratio: float = DEFAULT_MARGIN_RATIO) -> list[JudgedEdge]:
     """The edges nearest the wanted tails, each once, ascending; empty when no edge is usable.
 
-    stable: increments of the stable replicas over the last hour. Raises ValueError for a negative margin.
+    minutes: increments of all stable replicas together, one histogram a minute over the last hour, of the same
+    bounds. The odds of the margin are averaged over short strata: within an hour the load moves, an hour's mixture
+    of quiet and busy is flatter than any of its minutes, and would call a harmless canary slower than it is.
+    Raises ValueError for a negative margin or minutes of different bounds.
     """
     if margin_ratio < 0:
         raise ValueError(f"a margin of {margin_ratio} is negative; 0.10 accepts latencies scaled by up to 1.10")
-    if stable.total <= 0:
+    strata = _strata(minutes)
+    if not strata:
         return []
-    tails = {
-        bound: 1 - count / stable.total
-        for bound, count in zip(stable.upper_bounds, stable.cumulative, strict=True)
-        if math.isfinite(bound) and bound > 0
-    }
+    whole = merge(strata)
+    tails = {bound: whole.tail_ratio(bound) for bound in whole.upper_bounds if math.isfinite(bound) and bound > 0}
     usable = {bound: tail for bound, tail in tails.items() if USABLE_TAIL[0] <= tail <= USABLE_TAIL[1]}
     if not usable:
         return []
     chosen = {min(usable, key=lambda bound: abs(_log_odds(usable[bound]) - _log_odds(want))) for want in WANTED_TAILS}
-    edges = []
-    for bound in sorted(chosen):
-        shifted = min(stable.tail_ratio(bound / (1 + margin_ratio)), 1 - 1e-6)
-        null_odds = math.exp(_log_odds(shifted) - _log_odds(usable[bound]))
-        edges.append(JudgedEdge(bound, usable[bound], max(null_odds, 1.0)))
-    return edges
+    return [JudgedEdge(bound, usable[bound], _null_odds(strata, bound, margin_ratio)) for bound in sorted(chosen)]
+
+
+def merge(histograms: Sequence[StableHistogram]) -> StableHistogram:
+    """The sum of histograms of the same bounds."""
+    bounds = histograms[0].upper_bounds
+    if any(list(other.upper_bounds) != list(bounds) for other in histograms):
+        raise ValueError("histograms of different bounds cannot be merged; a configuration change split the window")
+    return StableHistogram(bounds, [sum(column) for column in zip(*(h.cumulative for h in histograms), strict=True)])
+
+
+def _strata(minutes: Sequence[StableHistogram]) -> list[StableHistogram]:
+    """Neighboring minutes merged until each stratum has enough requests; a thin rest joins the last."""
+    strata: list[StableHistogram] = []
+    pending: list[StableHistogram] = []
+    for minute in minutes:
+        pending.append(minute)
+        if sum(histogram.total for histogram in pending) >= MIN_STRATUM_REQUESTS:
+            strata.append(merge(pending))
+            pending = []
+    if pending:
+        rest = merge([strata.pop(), *pending]) if strata else merge(pending)
+        strata += [rest] if rest.total > 0 else []
+    return strata
+
+
+def _null_odds(strata: Sequence[StableHistogram], bound: float, margin_ratio: float) -> float:
+    """Mean over strata, by requests, of the log odds ratio between the shifted and the edge's tail; at least 1."""
+    weighted = 0.0
+    for stratum in strata:
+        shifted, tail = stratum.tail_ratio(bound / (1 + margin_ratio)), stratum.tail_ratio(bound)
+        half = 0.5 / stratum.total
+        clamped = [min(max(share, half), 1 - half) for share in (shifted, tail)]
+        weighted += stratum.total * (_log_odds(clamped[0]) - _log_odds(clamped[1]))
+    return max(1.0, math.exp(weighted / sum(stratum.total for stratum in strata)))
 
 
 def _log_odds(ratio: float) -> float:

@@ -101,14 +101,14 @@ def test_the_margin_in_odds_is_near_the_truth_at_coarse_edges() -> None:
     from scipy.stats import lognorm
 
     truth = lognorm(0.6, scale=0.42)
-    for edge in judged_edges(lognormal_histogram(VLLM_TTFT)):
+    for edge in judged_edges([lognormal_histogram(VLLM_TTFT)]):
         tail, shifted = truth.sf(edge.bound_seconds), truth.sf(edge.bound_seconds / 1.1)
         exact = shifted / (1 - shifted) / (tail / (1 - tail))
         assert edge.null_odds == pytest.approx(exact, rel=0.12), edge
 
 
 def test_edges_are_where_requests_are() -> None:
-    bounds = [edge.bound_seconds for edge in judged_edges(lognormal_histogram(VLLM_TTFT))]
+    bounds = [edge.bound_seconds for edge in judged_edges([lognormal_histogram(VLLM_TTFT)])]
 
     assert bounds == [0.5, 0.75, 1.0]
 
@@ -118,7 +118,7 @@ def test_edges_are_where_requests_are() -> None:
 def test_any_histogram_gives_ascending_edges_and_odds_of_at_least_one(counts: list[int], margin: float) -> None:
     """A margin never makes the null stricter than equality; an empty histogram has no edge."""
     bounds = [0.1 * 2**i for i in range(len(counts) - 1)] + [math.inf]
-    edges = judged_edges(StableHistogram(bounds, list(np.cumsum(counts).astype(float))), margin)
+    edges = judged_edges([StableHistogram(bounds, list(np.cumsum(counts).astype(float)))], margin)
 
     assert [edge.bound_seconds for edge in edges] == sorted({edge.bound_seconds for edge in edges})
     assert all(edge.null_odds >= 1 and math.isfinite(edge.null_odds) for edge in edges)
