@@ -19,7 +19,10 @@ KeyPath = tuple[str | int, ...]
 
 _VARIABLE = re.compile(r"\$\{([^}]*)\}?")
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
-_PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "timestamp", "value", "merge")}
+_PLAIN_TAGS = {
+    f"tag:yaml.org,2002:{kind}"
+    for kind in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge", "seq", "map")
+}
 _NULL_TAG = "tag:yaml.org,2002:null"
 # A fleet of 1,000 targets has some 10,000 nodes; aliases that unfold into more are a mistake or an attack.
 MAX_NODES = 1_000_000
@@ -134,6 +137,9 @@ class _Reader:
         if id(node) in above or self._nodes > MAX_NODES:
             self._document.complain(path, "an alias that holds itself, or unfolds without end; write the values out")
             return None
+        if node.tag not in _PLAIN_TAGS:
+            self._document.complain(path, f"has the tag {node.tag!r}; write the plain value")
+            return None
         above = (*above, id(node))
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path, above)
@@ -167,9 +173,6 @@ class _Reader:
 
     def _scalar(self, node: yaml.Node, path: KeyPath) -> str | None:
         if node.tag == _NULL_TAG:
-            return None
-        if node.tag not in _PLAIN_TAGS:
-            self._document.complain(path, f"has the tag {node.tag!r}; write the plain value")
             return None
         text = str(node.value)
         self._document.written[path] = text

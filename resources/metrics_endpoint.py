@@ -23,7 +23,8 @@ from types import TracebackType
 import httpx
 import structlog
 
-from optiinfra_pipelines.domain.fleet import Target
+from optiinfra_pipelines.domain.fleet import Fleet, Target
+from optiinfra_pipelines.domain.thresholds import threshold_values
 from resources.breaker import Breaker, BreakerState, Policy, spread_of
 from resources.fetch_errors import ANSWERED, ErrorKind, FetchError, classify, one_line, same_origin, status_detail
 from resources.http_transport import LeanTransport
@@ -125,6 +126,20 @@ class MetricsEndpoints:
         self._client: httpx.AsyncClient | None = None
         # httpx logs every request at INFO: a line per target and tick.
         logging.getLogger("httpx").setLevel(logging.WARNING)
+
+    @classmethod
+    def of_fleet(cls, fleet: Fleet) -> MetricsEndpoints:
+        """With the deadline, concurrency and patience that fleet.yaml sets."""
+        thresholds = threshold_values(fleet.thresholds)
+        return cls(
+            deadline_seconds=fleet.cadence.scrape_deadline_seconds,
+            concurrency=fleet.cadence.scrape_concurrency,
+            policy=Policy(
+                failures_to_open=int(thresholds["breaker_failures_to_open"]),
+                first_backoff_seconds=thresholds["breaker_first_backoff_seconds"],
+                max_backoff_seconds=thresholds["breaker_max_backoff_seconds"],
+            ),
+        )
 
     def scrape(self, targets: Sequence[Target], now: datetime) -> list[ScrapeResult]:
         """Ask every target once, at most `concurrency` at a time; one result each, in the order of `targets`.

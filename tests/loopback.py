@@ -33,7 +33,7 @@ class Exchange:
 
 @dataclass
 class Loopback:
-    """Serves `routes` until the `with` block ends. `connections`: accepted so far; `requests`: paths asked, in order."""
+    """Serves `routes` until the `with` block ends; counts connections accepted and keeps what was asked, in order."""
 
     routes: dict[str, Handler]
     connections: int = 0

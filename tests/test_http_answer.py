@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,7 +29,7 @@ def read(data: bytes, cuts: list[int]) -> tuple[AnswerReader, bytes]:
     reader = AnswerReader()
     body = b""
     edges = [0, *sorted(cuts), len(data)]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         if start < end:
             reader.feed(data[start:end])
             body += reader.take()
