@@ -291,7 +291,7 @@ class GpuCollector:
         return code is None
 
     def _try_open(self) -> int | None:
-        """Initialize NVML; None when it is open, else its return code (and `_status` says why not)."""
+        """Initialize NVML; None when it is open, else its return code."""
         try:
             nvml.nvmlInit()  # type: ignore[no-untyped-call]
             self._is_open = True
@@ -300,7 +300,6 @@ class GpuCollector:
         except nvml.NVMLError as error:
             code = code_of(error)
             self._close()
-            self._say(*_STATUS.get(code, ("error", f"NVML cannot be initialized: {code_name(code)}")))
             return code
         self._say("ok", None)
         self._probed_at, self._patience = None, timedelta(seconds=FIRST_PROBE_SECONDS)

@@ -190,13 +190,14 @@ double integral(const device *dev, const char *key, double seconds) {
 
 int fault_of(const device *dev, const char *function) {
     double now = now_seconds();
+    int code = 0;
     for (int i = 0; i < script.fault_count; i++) {
         const fault *each = &script.faults[i];
         bool named = !strcmp(each->function, "*") || !strcmp(each->function, function);
         bool meant = each->device == EVERY_DEVICE || (dev && dev == &script.devices[each->device]);
-        if (named && meant && now >= each->from) return each->code;
+        if (named && meant && now >= each->from) code = each->code;
     }
-    return 0;
+    return code;
 }
 
 void count_call(const char *function) {

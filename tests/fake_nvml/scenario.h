@@ -92,7 +92,7 @@ const step *value_at(const device *dev, const char *key, double seconds);
 /* Integral of a key from the start to a moment, in key units times seconds; 0 when the script never mentions it. */
 double integral(const device *dev, const char *key, double seconds);
 
-/* The scripted return code of a call, 0 when it succeeds. `dev` NULL asks for calls that name no device. */
+/* The scripted return code of a call, 0 when it succeeds; the last line that applies counts. `dev` NULL asks for calls that name no device. */
 int fault_of(const device *dev, const char *function);
 
 /* How often a call was made; the tests read it through fake_nvml_calls(). */
