@@ -6,10 +6,11 @@ Here: asking the server (live, and catching up after we were away). Not here: ho
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
@@ -61,10 +62,11 @@ class PrometheusHost:
 
 @dataclass
 class _Progress:
-    """How far the samples of one exporter kind and label were read; when each host was last heard."""
+    """How far the samples of one exporter kind and label were read; when each host was last heard, with what."""
 
     read_until: datetime
-    last_sample_at: dict[str, datetime]
+    last_sample_at: dict[str, datetime] = field(default_factory=dict)
+    gpu_counts: dict[str, int] = field(default_factory=dict)
 
 
 class PrometheusTelemetry:
@@ -103,10 +105,10 @@ class PrometheusTelemetry:
 
     def collect(self, now: datetime) -> Mapping[str, pl.DataFrame]:
         rows: dict[str, list[Row]] = {table: [] for exporter in self._exporters for table in TABLES[exporter]}
-        failure: str | None = None
+        failure: tuple[str, str] | None = None
         for (exporter, label), hosts in self._groups().items():
             started = time.perf_counter()
-            progress = self._progress.setdefault((exporter, label), _Progress(now - self._catch_up, {}))
+            progress = self._progress.setdefault((exporter, label), _Progress(now - self._catch_up))
             if failure is None:  # a server that failed once this tick is not waited for again
                 try:
                     self._read(exporter, label, hosts, progress, now, rows)
@@ -114,17 +116,18 @@ class PrometheusTelemetry:
                     failure = _failure(error)
             duration = time.perf_counter() - started
             for host in hosts.values():
-                status, detail = ("unreachable", failure) if failure else self._state(host, label, progress, now)
-                rows[TABLES[exporter][-1]].append(
-                    {
-                        "sampled_at": now,
-                        "host": host.name,
-                        "telemetry": "prometheus",
-                        "status": status,
-                        "detail": one_line(detail) if detail else None,
-                        "duration_seconds": duration if len(hosts) == 1 else None,
-                    }
-                )
+                status, detail = failure or self._state(host, label, progress, now)
+                collection: Row = {
+                    "sampled_at": now,
+                    "host": host.name,
+                    "telemetry": "prometheus",
+                    "status": status,
+                    "detail": one_line(detail) if detail else None,
+                    "duration_seconds": duration if len(hosts) == 1 else None,
+                }
+                if exporter == "dcgm" and status == "ok":
+                    collection["gpu_count"] = progress.gpu_counts.get(host.name)
+                rows[TABLES[exporter][-1]].append(collection)
         return {table: raw_tables()[table].frame(found) for table, found in rows.items()}
 
     def _groups(self) -> Mapping[tuple[Exporter, str], dict[str, PrometheusHost]]:
@@ -158,9 +161,11 @@ class PrometheusTelemetry:
                     continue
                 progress.last_sample_at[host.name] = moment
                 if exporter == "dcgm":
-                    rows["raw_gpu_samples"] += dcgm.read_gpus(
+                    told = dcgm.read_gpus(
                         own, host=host.name, sampled_at=moment, telemetry="prometheus", source=host.source
-                    ).rows
+                    )
+                    rows["raw_gpu_samples"] += told.rows
+                    progress.gpu_counts[host.name] = told.gpu_count
                 else:
                     self._read_node(host, moment, own, rows)
         progress.read_until = end
@@ -217,11 +222,13 @@ class PrometheusTelemetry:
 
 
 def _milliseconds(width: timedelta) -> int:
-    return max(1, round(width.total_seconds() * 1000))
+    """Rounded up, and one more: the end is rounded too, and what is read twice is stored once."""
+    return math.ceil(width.total_seconds() * 1000) + 1
 
 
-def _failure(error: httpx.HTTPError | AnswerError) -> str:
+def _failure(error: httpx.HTTPError | AnswerError) -> tuple[str, str]:
+    """Status and detail of the collections' rows."""
     if isinstance(error, AnswerError):
-        return str(error)
+        return "error", str(error)
     kind, detail = classify(error)
-    return f"{kind}: {detail}"
+    return "unreachable", f"{kind}: {detail}"

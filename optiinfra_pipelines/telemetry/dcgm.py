@@ -156,7 +156,9 @@ _INTEGERS = frozenset(
 _FLAGS = frozenset({"is_row_remap_pending", "is_row_remap_failed"})
 # Where 0 says "there is none": T4, L40S and A10 print a memory temperature of 0; XID 0 is no XID.
 _ZERO_IS_NONE = frozenset({"memory_temperature_celsius", "xid_last"})
-_RECOVERY_ACTIONS = {0: "none", 1: "reset", 2: "reboot", 3: "drain_p2p", 4: "drain_and_reset"}
+# The narrowest of those columns; the bits of clock event reasons end at 0x100. Past it a page talks nonsense.
+_LARGEST_INTEGER = 2**31 - 1
+_RECOVERY_ACTIONS: Mapping[float, str] = {0: "none", 1: "reset", 2: "reboot", 3: "drain_p2p", 4: "drain_and_reset"}
 
 # DCGM's blanks (dcgm_structs.h): blank, not found, not supported, not permitted. As floats the four of int64 are one
 # number, 2^63. Those of int32 and double are matched exactly: a counter may rightly pass either (2^47 ns are 39 hours).
@@ -268,7 +270,7 @@ def _row(gpu: _Gpu, uuid: str, instance: str, *, host: str, sampled_at: datetime
         "gpu_uuid": uuid,
         "mig_instance": instance,
         "mig_profile": (labels.get("gpu_i_profile") or None) if instance else None,
-        "gpu_index": int(index) if index.isdecimal() else None,
+        "gpu_index": int(index) if index.isdecimal() and len(index) < 6 else None,
         "pci_bus_id": labels.get("pci_bus_id") or None,
         "name": labels.get("modelname") or labels.get("model_name") or None,
         "driver_version": labels.get("dcgm_fi_driver_version") or None,
@@ -296,8 +298,10 @@ def _as_column(column: str, value: float) -> object:
     if column in _FLAGS:
         return value > 0
     if column == "recovery_action":
-        return _RECOVERY_ACTIONS.get(int(value))
-    return int(value) if column in _INTEGERS else value
+        return _RECOVERY_ACTIONS.get(value)
+    if column in _INTEGERS:
+        return int(value) if value.is_integer() and 0 <= value <= _LARGEST_INTEGER else None
+    return value
 
 
 _EXPORTER_CONTAINER = re.compile(r"(^|-)dcgm-exporter$|^exporter$")
