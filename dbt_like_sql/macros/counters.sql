@@ -11,7 +11,7 @@ create or replace macro counter_step(before, now_is, is_restart) as
 
 -- Start of the UTC step of so many seconds that holds a moment, whatever the session's time zone.
 create or replace macro utc_step(step_seconds, moment) as
-    make_timestamptz(epoch_us(moment) // (step_seconds * 1000000) * (step_seconds * 1000000));
+    make_timestamptz(epoch_us(moment) // (step_seconds * 1000000::bigint) * (step_seconds * 1000000::bigint));
 
 -- A division that knows nothing when there is nothing to divide by.
 create or replace macro ratio(part, whole) as

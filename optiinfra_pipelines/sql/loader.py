@@ -184,8 +184,7 @@ def _bind(con: duckdb.DuckDBPyConnection, ordered: list[Draft]) -> Models:
     for table in raw_tables().values():
         con.execute(table.create_sql())
         described[table.name] = {
-            name: ColumnSpec(description=column.description, unit=column.unit)
-            for name, column in table.columns.items()
+            name: ColumnSpec(description=column.description, unit=column.unit) for name, column in table.columns.items()
         }
     install_macros(con)
     con.execute("set variable window_start = now(); set variable window_end = now()")
@@ -283,5 +282,3 @@ def create_table_sql(name: str, columns: tuple[ModelColumn, ...]) -> str:
     """CREATE TABLE IF NOT EXISTS with a model's columns."""
     body = ", ".join(f'"{column.name}" {column.sql_type}' for column in columns)
     return f'CREATE TABLE IF NOT EXISTS "{name}" ({body})'
-
-
