@@ -254,8 +254,8 @@ def test_an_illegal_line_is_named_with_its_number_and_cause(line: str) -> None:
 @pytest.mark.parametrize(
     "line",
     ["#", "#x", "#HELP", "# HELP", "# TYPE", "# HELPm x", "# TYPEm", "# help 5", "# UNIT m seconds", "# EOF", "# \r",
-     "#\x00", "# HELP m", "# HELP m ", "# HELP m a \\ b \x00 ü", "# HELP m-x y", '# HELP "m.x" words', "  # TYPE\tm\tgauge",
-     "# TYPE m untyped", '# TYPE "m.x" histogram'],
+     "#\x00", "# HELP m", "# HELP m ", "# HELP m a \\ b \x00 ü", "# HELP m-x y", '# HELP "m.x" words',
+     "  # TYPE\tm\tgauge", "# TYPE m untyped", '# TYPE "m.x" histogram'],
 )  # fmt: skip
 def test_a_comment_is_passed_over(line: str) -> None:
     """HELP and TYPE bind only when a blank follows the `#` and the keyword; all else after `#` is for people."""

@@ -24,6 +24,8 @@ Labels = tuple[tuple[str, str], ...]
 # A label text as it stands on the page -> the quoted metric name in it, if any, and its labels.
 KnownLabels = dict[str, tuple[str | None, Labels]]
 
+_NO_LABELS: tuple[None, Labels] = (None, ())
+
 TYPES = frozenset({"counter", "gauge", "histogram", "summary", "untyped"})
 
 _NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*+"
@@ -31,6 +33,8 @@ _QUOTED = r'"((?:[^"\\]++|\\.)*+)"'
 _SERIES = re.compile(rf'[ \t]*+({_NAME})?[ \t]*+(\{{(?:[^"{{}}]++|"(?:[^"\\]++|\\.)*+")*+\}})?[ \t]*+')
 # The line that nearly every exporter writes; a shorter way through the same rules.
 _COMMON = re.compile(rf'({_NAME})(\{{(?:[^"{{}}]++|"[^"\\]*+")*+\}})? (-?[0-9]++(?:\.[0-9]++)?(?:[eE][+-]?[0-9]++)?)\Z')
+# A label without escapes or blanks, and what closes it: a list of nothing else needs no closer look.
+_COMMON_LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*+)="([^"\\]*+)"[,}]')
 _LABEL_NAME = re.compile(rf"[ \t]*+(?:([a-zA-Z_][a-zA-Z0-9_]*+)|{_QUOTED})[ \t]*+")
 _LABEL_VALUE = re.compile(rf"=[ \t]*+{_QUOTED}[ \t]*+")
 _NUMBER = re.compile(
@@ -77,9 +81,11 @@ def read_sample(line: str, known: KnownLabels) -> tuple[str, Labels, float, int 
     common = _COMMON.match(line)
     if common is not None:
         name, braces, token = common.groups()
-        said = (None, ()) if braces is None else known.get(braces)
+        said = _NO_LABELS if braces is None else known.get(braces)
+        if said is None:
+            said = known[braces] = read_labels(braces, 0)
         value = float(token)
-        if said is not None and said[0] is None and isfinite(value):
+        if said[0] is None and isfinite(value):
             return name, said[1], value, None, common.start(3)
     name, labels, start = read_series(line, known)
     return name, labels, *read_rest(line[start:]), start
@@ -115,8 +121,11 @@ def read_series(line: str, known: KnownLabels) -> tuple[str, Labels, int]:
 
 def read_labels(text: str, start: int) -> tuple[str | None, Labels]:
     """The quoted metric name, if any, and the labels of `{...}` that begins at `start`."""
+    labels: list[tuple[str, str]] = _COMMON_LABEL.findall(text, start + 1)
+    if sum([len(label) + len(value) + 4 for label, value in labels]) + 1 == len(text) - start:
+        return None, _distinct(labels)
     name: str | None = None
-    labels: list[tuple[str, str]] = []
+    labels = []
     position = start + 1
     while True:
         found = _LABEL_NAME.match(text, position)
@@ -151,14 +160,20 @@ def read_labels(text: str, start: int) -> tuple[str | None, Labels]:
         raise MalformedError(f"expected a label name, found {_first(rest)}")
     if name == "":
         raise MalformedError("the metric name is empty")
+    return name, _distinct(labels)
+
+
+def _distinct(labels: list[tuple[str, str]]) -> Labels:
+    """The labels, refused where a name is empty or stands twice; `__name__` is the metric's."""
+    names = dict(labels)
+    if len(names) == len(labels) and "" not in names and "__name__" not in names:
+        return tuple(labels)
     seen = {"__name__"}
     for label, _ in labels:
         if label in seen:
             raise MalformedError(f"label {label!r} is given twice")
-        if not label:
-            raise MalformedError("a label name is empty")
         seen.add(label)
-    return name, tuple(labels)
+    raise MalformedError("a label name is empty")
 
 
 def read_rest(rest: str) -> tuple[float, int | None]:

@@ -19,7 +19,7 @@ from optiinfra_pipelines.exposition.grammar import (
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Layout:
     """The series of a page, in page order: one entry of `names` and of `labels` per sample.
 
@@ -47,7 +47,7 @@ class Layout:
         return tuple(repeated)
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False, repr=False, slots=True)
 class Page:
     """One scrape: a value per sample of the layout, and the timestamps (milliseconds) of those that carry one."""
 

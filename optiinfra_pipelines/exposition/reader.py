@@ -55,9 +55,9 @@ class _Template:
         starts = list(accumulate((len(line) + 1 for line in lines), initial=0))
         constants: list[str] = []
         end = 0
-        is_sample = [False] * len(lines)
+        is_sample = bytearray(len(lines))
         for number, value_start in draft.places:
-            is_sample[number] = True
+            is_sample[number] = 1
             constants += (text[end : starts[number] + value_start], "")
             end = starts[number + 1] - 1
         constants.append(text[end:])
@@ -105,14 +105,15 @@ class _Template:
 
 
 class Reader:
-    """Reads pages; remembers the shapes it met, up to max_layouts and about max_bytes of memory.
+    """Reads pages; remembers the shapes it met, up to max_layouts and about max_bytes of memory, and max_keys keys.
 
     Safe to share between threads. What is remembered changes the speed of an answer, never the answer.
     """
 
-    def __init__(self, max_layouts: int = MAX_LAYOUTS, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, max_layouts: int = MAX_LAYOUTS, max_bytes: int = MAX_BYTES, max_keys: int = MAX_KEYS) -> None:
         self._max_layouts = max_layouts
         self._max_bytes = max_bytes
+        self._max_keys = max_keys
         self._templates: OrderedDict[int, _Template] = OrderedDict()  # by fingerprint, least recently used first
         self._latest: WeakValueDictionary[Hashable, _Template] = WeakValueDictionary()  # by the caller's key
         self._layouts: WeakValueDictionary[Hashable, Layout] = WeakValueDictionary()  # by content
@@ -128,6 +129,18 @@ class Reader:
     def byte_count(self) -> int:
         """Memory that the remembered shapes take, in bytes, estimated from their parts."""
         return self._bytes
+
+    @property
+    def key_count(self) -> int:
+        """Keys whose last shape is remembered now."""
+        return len(self._latest)
+
+    def forget(self) -> None:
+        """Let go of every remembered shape."""
+        with self._lock:
+            self._templates.clear()
+            self._latest.clear()
+            self._bytes = 0
 
     def read(self, text: str | bytes, key: Hashable = None) -> Page:
         """The samples of a page.
@@ -189,7 +202,7 @@ class Reader:
 
     def _remember_key(self, key: Hashable, template: _Template) -> None:
         with self._lock:
-            if len(self._latest) >= MAX_KEYS:
+            if len(self._latest) >= self._max_keys:
                 self._latest.clear()
             self._latest[key] = template
 
