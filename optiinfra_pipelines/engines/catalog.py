@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 from optiinfra_pipelines.domain.fleet import Engine
 from optiinfra_pipelines.engines.dialect import (
@@ -114,6 +115,9 @@ def _speaks(dialect: Dialect, names: Iterable[str]) -> bool:
     return any(name.startswith(dialect.prefixes) for name in names)
 
 
+_identities: WeakKeyDictionary[Layout, dict[Engine | None, Identity | None]] = WeakKeyDictionary()
+
+
 def identify(layout: Layout, engine: Engine | None = None) -> Identity | None:
     """Who printed the page; None when no known engine did.
 
@@ -121,6 +125,13 @@ def identify(layout: Layout, engine: Engine | None = None) -> Identity | None:
     worker's fill the engine columns. A KV cache's families beside an engine's fill the tier tables and do not name
     the page. engine: what the operator says it is, believed before the names.
     """
+    known = _identities.setdefault(layout, {})
+    if engine not in known:
+        known[engine] = _identify(layout, engine)
+    return known[engine]
+
+
+def _identify(layout: Layout, engine: Engine | None) -> Identity | None:
     spoken = dialects_of(layout, engine)
     if not spoken:
         return None

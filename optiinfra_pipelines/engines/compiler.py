@@ -61,7 +61,7 @@ class HistogramPlan:
     is_proxy: bool
     bounds: tuple[float, ...] | None
     bounds_id: int | None
-    buckets: tuple[Callable[[Values], Sequence[float]], ...]
+    buckets: tuple[Callable[[Values], list[float]], ...]
     total: Number | None
     count: Number | None
 
@@ -224,7 +224,7 @@ class Compiler:
 
     def _bounds(
         self, buckets: list[int], scale: float
-    ) -> tuple[tuple[float, ...] | None, tuple[Callable[[Values], Sequence[float]], ...], str]:
+    ) -> tuple[tuple[float, ...] | None, tuple[Callable[[Values], list[float]], ...], str]:
         """Bounds (None for a summary), a getter of counts per child, and why not. Children add up over equal bounds."""
         if not buckets:
             return None, (), ""
@@ -272,12 +272,13 @@ def _together(positions: Sequence[int]) -> Callable[[Values], Sequence[float]]:
             return operator.itemgetter(*positions)
 
 
-def _slice(positions: list[int]) -> Callable[[Values], Sequence[float]]:
-    """A getter of these positions as a sequence; one slice where they stand in a row, as engines print them."""
+def _slice(positions: list[int]) -> Callable[[Values], list[float]]:
+    """A getter of these positions as a list; one slice where they stand in a row, as engines print them."""
     first = positions[0]
     if positions == list(range(first, first + len(positions))):
         return operator.itemgetter(slice(first, first + len(positions)))
-    return _together(positions)
+    getter = _together(positions)
+    return lambda values: list(getter(values))
 
 
 def _number(text: str | None) -> float | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from weakref import WeakKeyDictionary
 
 from optiinfra_pipelines.engines.dialect import Dialect, Take, Where
 from optiinfra_pipelines.exposition import Layout
@@ -29,8 +30,17 @@ def bound_of(text: str) -> float | None:
     return None if math.isnan(value) else value
 
 
+_families: WeakKeyDictionary[Layout, tuple[str, ...]] = WeakKeyDictionary()
+
+
 def families(layout: Layout) -> tuple[str, ...]:
     """Families of the page in order of appearance: the declared ones, then those of undeclared samples."""
+    if layout not in _families:
+        _families[layout] = _find_families(layout)
+    return _families[layout]
+
+
+def _find_families(layout: Layout) -> tuple[str, ...]:
     found = dict.fromkeys(layout.types)
     buckets = {name.removesuffix("_bucket") for name in layout.names if name.endswith("_bucket")}
     for name in dict.fromkeys(layout.names):
@@ -135,7 +145,7 @@ class Index:
         """The series that `take` folds in one rank, each with its copies."""
         found = self.in_rank(self.matching(take.name, take.where), rank)
         label = self._dialect.total_label
-        if label is not None:
+        if label is not None and self.declared(take.name) == "gauge":
             totals = [i for i in found if self.labels(i).get(label) == ""]
             found = totals or found
         return self.copies(found)

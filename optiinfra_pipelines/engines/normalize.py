@@ -167,7 +167,7 @@ def _histogram_rows(
     for spec in plan.histograms:
         total = spec.total(values) if spec.total else None
         count = spec.count(values) if spec.count else None
-        counts: Sequence[float] | None = None
+        counts: list[float] | None = None
         if spec.buckets:
             counts = _cumulative(spec, values)
             if counts is None:
@@ -196,12 +196,12 @@ def _histogram_rows(
     return rows, list(bounds.values()), defects
 
 
-def _cumulative(spec: HistogramPlan, values: Values) -> Sequence[float] | None:
+def _cumulative(spec: HistogramPlan, values: Values) -> list[float] | None:
     """Bucket counts of all series of the histogram together; None where they fall, or one is no count."""
     children = [child(values) for child in spec.buckets]
     counts = children[0] if len(children) == 1 else [math.fsum(c) for c in zip(*children, strict=True)]
     # A NaN hides from comparisons but not from a sum.
     sound = math.isfinite(sum(counts)) and counts[0] >= 0
     for child in children:
-        sound = sound and sorted(child) == list(child)
+        sound = sound and sorted(child) == child
     return counts if sound else None

@@ -11,7 +11,7 @@ from optiinfra_pipelines.domain.fleet import Engine
 from optiinfra_pipelines.engines.catalog import Identity
 from optiinfra_pipelines.engines.dialect import Vantage
 from optiinfra_pipelines.engines.normalize import Normalized
-from optiinfra_pipelines.engines.plan import Missing
+from optiinfra_pipelines.engines.plan import ENGINE_COLUMNS, Missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Description:
 
 def describe(identity: Identity, normalized: Normalized) -> Description:
     """What was found on one page, what was not understood, and what is missing with the flag that turns it on."""
-    samples = normalized.rows["raw_engine_samples"]
+    samples = [dict(zip(ENGINE_COLUMNS, row, strict=True)) for row in normalized.rows["raw_engine_samples"]]
     return Description(
         target=normalized.target,
         engine=identity.engine,
@@ -45,8 +45,8 @@ def describe(identity: Identity, normalized: Normalized) -> Description:
         vantage=identity.vantage,
         version=identity.version,
         generation=identity.generation,
-        models=tuple(sorted({str(row[5]) for row in samples if row[5] is not None})),
-        ranks=tuple(str(row[2]) for row in samples),
+        models=tuple(sorted({str(row["model_name"]) for row in samples if row["model_name"] is not None})),
+        ranks=tuple(str(row["engine_rank"]) for row in samples),
         understood=len(normalized.mapped_families) + len(normalized.ignored_families),
         mapped=len(normalized.mapped_families),
         unknown=normalized.unknown_families,

@@ -93,7 +93,7 @@ TRITON = Dialect(
         Ignored("inputs of a batch, not requests", ("nv_inference_count",)),
         Ignored("phases of execution, as sums", ("nv_inference_compute_*",)),
         Ignored("quantiles that cannot be aggregated", ("nv_inference_*_summary_us",)),
-        Ignored("loading of models", ("nv_inference_load_*", "nv_model_*")),
+        Ignored("loading of models", ("nv_inference_load_*",)),
         Ignored("memory and batch detail of one iteration", ("nv_trt_llm_runtime_memory_metrics",)),
         Ignored(
             "detail of one iteration",
