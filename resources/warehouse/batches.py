@@ -7,6 +7,7 @@ Here: checking frames against sources.yml, the inserts, the books of batch ids. 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -78,7 +79,8 @@ def _checked(name: str, frame: pl.DataFrame) -> pl.DataFrame:
         raise BatchError(
             f"{name}.{table.time} is NULL in {frame[table.time].null_count()} rows; every row needs a time"
         )
-    return frame
+    untyped = [column for column, found in frame.schema.items() if found == pl.Null]
+    return frame.cast({column: table.columns[column].polars_type for column in untyped}) if untyped else frame
 
 
 def _check_map_keys(table: str, entries: pl.Series) -> None:
@@ -107,13 +109,19 @@ def store(connection: duckdb.DuckDBPyConnection, batches: Sequence[Batch], now: 
         for name in raw_tables():
             frames = [batch.frames[name] for batch in fresh if name in batch.frames]
             if frames:
-                frame = frames[0] if len(frames) == 1 else pl.concat(frames, how="diagonal_relaxed")
-                _insert(connection, raw_tables()[name], frame)
-        for batch in fresh:
+                _insert(connection, raw_tables()[name], _stacked(frames))
+        if fresh:
             connection.execute(
-                "insert into store.batches values (?, ?, ?, ?, ?)", [batch.batch_id, now, batch.row_count, *batch.span]
+                "insert into store.batches values " + ", ".join("(?, ?, ?, ?, ?)" for _ in fresh),
+                [value for batch in fresh for value in (batch.batch_id, now, batch.row_count, *batch.span)],
             )
     return duplicates
+
+
+def _stacked(frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """Frames of one table under each other; those of an older version may lack columns."""
+    is_alike = all(frame.columns == frames[0].columns for frame in frames)
+    return pl.concat(frames, how="vertical" if is_alike else "diagonal", rechunk=True)
 
 
 def _insert(connection: duckdb.DuckDBPyConnection, table: RawTable, frame: pl.DataFrame) -> None:
@@ -121,7 +129,9 @@ def _insert(connection: duckdb.DuckDBPyConnection, table: RawTable, frame: pl.Da
     try:
         connection.execute(_insert_sql(table.name, tuple(frame.columns)))
     finally:
-        connection.unregister("batch")
+        # In a failed transaction this fails too, and would hide why.
+        with suppress(duckdb.TransactionException):
+            connection.unregister("batch")
 
 
 @cache

@@ -14,7 +14,7 @@ Not here: rows of batches (`batches`), Parquet (`cold`). Every function takes an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -86,9 +86,12 @@ def ensure(connection: duckdb.DuckDBPyConnection, root: Path, new_id: str) -> No
         return
     with transaction(connection):
         connection.execute(_BOOKS)
+        stored = _hot_types(connection)
         for raw in raw_tables().values():
-            connection.execute(raw.create_sql().replace("EXISTS ", "EXISTS hot.", 1))
-            _evolve(connection, raw)
+            if raw.name in stored:
+                _evolve(connection, raw, stored[raw.name])
+            else:
+                connection.execute(raw.create_sql().replace("EXISTS ", "EXISTS hot.", 1))
             refresh_view(connection, root, raw.name)
         for table in registered(connection):
             if table.unit is not None:
@@ -103,9 +106,20 @@ def _layout_fingerprint(root: Path) -> str:
     return hashlib.sha256(f"{_BOOKS_VERSION}\n{root}\n{tables}".encode()).hexdigest()
 
 
-def _evolve(connection: duckdb.DuckDBPyConnection, raw: RawTable) -> None:
+def _hot_types(connection: duckdb.DuckDBPyConnection) -> dict[str, dict[str, str]]:
+    """Every table in `hot` -> its columns and their types; one look at the catalog for all."""
+    rows = connection.execute(
+        "select table_name, column_name, data_type from duckdb_columns() "
+        "where database_name = current_database() and schema_name = 'hot'"
+    ).fetchall()
+    found: dict[str, dict[str, str]] = {}
+    for table, column, kind in rows:
+        found.setdefault(table, {})[column] = kind
+    return found
+
+
+def _evolve(connection: duckdb.DuckDBPyConnection, raw: RawTable, stored: Mapping[str, str]) -> None:
     """Add the columns an older file lacks (NULL there) and widen changed types. Columns are never dropped."""
-    stored = column_types(connection, "hot", raw.name)
     for name, column in raw.columns.items():
         if name not in stored:
             connection.execute(

@@ -3,7 +3,7 @@
 Here: which slices are closed, the export, the transaction in which readers switch, the way back.
 Not here: deleting what is too old (`retention`), leftovers of a kill (`sweep`).
 
-One slice moves in three steps: its rows are read (a short session), sorted and written to a file (no session: others
+A slice moves in three steps: its rows are read (a short session), sorted and written to a file (no session: others
 write meanwhile), and then, in one transaction, the file is listed, the view made anew and the rows deleted, provided
 they are still exactly those that were read. A kill before the last step leaves an unlisted file, after it nothing.
 """
@@ -57,6 +57,7 @@ class _Slice:
     table: TimedTable
     start_at: datetime
     end_at: datetime
+    expected_rows: int
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,7 @@ class Cold:
                 if table.unit is not None
                 for piece in _closed_slices(connection, table, now - settle)
             ]
-        moved = [self._move(owner, piece, now) for piece in slices]
-        return [one for one in moved if one is not None]
+        return [one for group in _groups(slices) for one in self._move(owner, group, now)]
 
     def recall(self, table: str, start_at: datetime, end_at: datetime, now: datetime) -> int:
         """Take the files that overlap [start_at, end_at) back into `hot`, so that their rows can be rewritten."""
@@ -109,24 +109,39 @@ class Cold:
                 refresh_view(connection, self.layout.root, table)
         return sum(rows for _, rows in files)
 
-    def _move(self, owner: str, piece: _Slice, now: datetime) -> Moved | None:
+    def _move(self, owner: str, group: list[_Slice], now: datetime) -> list[Moved]:
+        """Read, write and switch a group of slices; those that changed meanwhile are tried again."""
+        moved: list[Moved] = []
+        left = group
         for _ in range(_ATTEMPTS):
             with self.database.session(self.deadline_seconds) as connection:
-                snapshot = _read(connection, piece)
-            if snapshot.rows.height == 0:
-                return None
+                snapshots = [(piece, _read(connection, piece)) for piece in left]
             # Compressed rows are never larger than they are in memory.
-            self.layout.require_space(int(snapshot.rows.estimated_size()), f"moving an hour of {piece.table.name}")
-            path = self._write(owner, piece, snapshot)
+            size = sum(snapshot.rows.estimated_size() for _, snapshot in snapshots)
+            self.layout.require_space(int(size), "moving closed hours")
+            with duckdb.connect(":memory:", config={"threads": 1}) as writer:
+                writer.execute("SET TimeZone = 'UTC'")
+                written = [
+                    (piece, snapshot, self._write(writer, owner, piece, snapshot.rows))
+                    for piece, snapshot in snapshots
+                    if snapshot.rows.height
+                ]
+            left = []
             with self.database.session(self.deadline_seconds) as connection:
-                if self._switch(connection, piece, snapshot, path, now):
-                    size = path.stat().st_size
-                    return Moved(piece.table.name, path, piece.start_at, piece.end_at, snapshot.rows.height, size)
-            path.unlink(missing_ok=True)
-        _log.warning("slice_kept_changing", table=piece.table.name, start_at=piece.start_at.isoformat())
-        return None
+                for piece, snapshot, path in written:
+                    if self._switch(connection, piece, snapshot, path, now):
+                        rows, size_bytes = snapshot.rows.height, path.stat().st_size
+                        moved.append(Moved(piece.table.name, path, piece.start_at, piece.end_at, rows, size_bytes))
+                    else:
+                        path.unlink(missing_ok=True)
+                        left.append(piece)
+            if not left:
+                return moved
+        for piece in left:
+            _log.warning("slice_kept_changing", table=piece.table.name, start_at=piece.start_at.isoformat())
+        return moved
 
-    def _write(self, owner: str, piece: _Slice, snapshot: _Snapshot) -> Path:
+    def _write(self, writer: duckdb.DuckDBPyConnection, owner: str, piece: _Slice, rows: pl.DataFrame) -> Path:
         """Sort by grain and write: the rows of one series lie together, which halves the file and prunes by target."""
         parts = [f"date={piece.start_at:%Y-%m-%d}"]
         if piece.table.unit == "hour":
@@ -136,16 +151,15 @@ class Cold:
         path = folder / f"{owner}-{self.rng.getrandbits(64):016x}.parquet"
         temporary = temporary_beside(path, self.rng)
         order = ", ".join(identifier(name) for name in dict.fromkeys((*piece.table.grain, piece.table.time_column)))
+        writer.register("slice", rows)
         try:
-            with duckdb.connect(":memory:", config={"threads": 1}) as connection:
-                connection.execute("SET TimeZone = 'UTC'")
-                connection.register("slice", snapshot.rows)
-                connection.execute(
-                    f"COPY (select * from slice order by {order}) TO {quoted(str(temporary))} "
-                    "(FORMAT parquet, COMPRESSION zstd)"
-                )
+            writer.execute(
+                f"COPY (select * from slice order by {order}) TO {quoted(str(temporary))} "
+                "(FORMAT parquet, COMPRESSION zstd)"
+            )
             commit_file(temporary, path)
         finally:
+            writer.unregister("slice")
             temporary.unlink(missing_ok=True)
         return path
 
@@ -193,7 +207,20 @@ def _closed_slices(connection: duckdb.DuckDBPyConnection, table: TimedTable, unt
         pieces = -(-rows // _SLICE_ROWS)
         edges = [start_at + unit * number / pieces for number in range(pieces + 1)]
         for left, right in pairwise(edges):
-            yield _Slice(table, left, right)
+            yield _Slice(table, left, right, rows // pieces)
+
+
+def _groups(slices: list[_Slice]) -> list[list[_Slice]]:
+    """Slices that together hold about as many rows as one large one: small tables share their two sessions."""
+    groups: list[list[_Slice]] = [[]]
+    held = 0
+    for piece in slices:
+        if groups[-1] and held + piece.expected_rows > _SLICE_ROWS:
+            groups.append([])
+            held = 0
+        groups[-1].append(piece)
+        held += piece.expected_rows
+    return [group for group in groups if group]
 
 
 def _rows(piece: _Slice) -> str:

@@ -32,7 +32,7 @@ _THREADS = 2
 # Large model queries spill to disk past this; an engine host's memory belongs to the engine.
 _MEMORY_SHARE, _MEMORY_CAP_BYTES = 0.25, 4 * 2**30
 # Waits between two tries for the lock: a holder's transaction takes 20-60 ms.
-_RETRY_SECONDS = (0.005, 0.05)
+_RETRY_SECONDS = (0.01, 0.1)
 
 
 def quoted(text: str) -> str:
@@ -75,6 +75,9 @@ class Database:
         self._is_changing = False
         # One append at a time: looking a batch id up and writing it are two statements.
         self.append_lock = threading.Lock()
+        # Whether the tables of the file now open were brought up to date; another file may lie there at the next open.
+        self.is_checked = False
+        self.check_lock = threading.Lock()
         # time.monotonic() of this process's last commit of raw rows; None before the first.
         self.committed_at: float | None = None
 
@@ -122,6 +125,7 @@ class Database:
         try:
             if self._instance is None:
                 self._instance = self._open(until, deadline_seconds)
+                self.is_checked = False
             connection = self._instance.cursor()
             self._sessions += 1
             return connection

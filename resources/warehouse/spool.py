@@ -1,7 +1,7 @@
 """Batches that could not reach the database yet: one zip file each, in order of arrival, whole or not there.
 
 Here: writing, listing, reading back and removing those files, and their limit. Not here: when to (`store`).
-A zip holds one Arrow IPC member per table and `batch.json`; its checksums tell a damaged file from a good one.
+A zip holds one Arrow IPC stream per table and `batch.json`; its checksums tell a damaged file from a good one.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Spool:
             with zipfile.ZipFile(path) as archive:
                 batch_id = json.loads(archive.read("batch.json"))["batch_id"]
                 frames = {
-                    name.removesuffix(".arrow"): pl.read_ipc(io.BytesIO(archive.read(name)))
+                    name.removesuffix(".arrow"): pl.read_ipc_stream(io.BytesIO(archive.read(name)))
                     for name in archive.namelist()
                     if name.endswith(".arrow")
                 }
@@ -117,6 +117,6 @@ def _packed(batch: Batch) -> bytes:
         archive.writestr("batch.json", json.dumps({"batch_id": batch.batch_id}))
         for name, frame in batch.frames.items():
             member = io.BytesIO()
-            frame.write_ipc(member, compression="lz4")
+            frame.write_ipc_stream(member, compression="lz4")
             archive.writestr(f"{name}.arrow", member.getvalue())
     return buffer.getvalue()

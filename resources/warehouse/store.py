@@ -90,8 +90,6 @@ class Warehouse:
         self._layout = Layout(Path(root).resolve(), min_free_bytes, disk_free)
         self._database = Database.shared(self._layout, memory_limit_bytes, self._rng)
         self._spool = Spool(self._layout.spool, max_spool_bytes, self._rng)
-        # Inode of the live file whose tables were checked; a file put in its place is checked again.
-        self._checked_inode: int | None = None
 
     @property
     def root(self) -> Path:
@@ -133,7 +131,8 @@ class Warehouse:
                 duplicates = _stored(connection, batch, self._clock())
                 self._database.committed_at = time.monotonic()
                 return "duplicate" if duplicates else "stored"
-        except WarehouseLockedError as error:
+        except (WarehouseLockedError, duckdb.TransactionException) as error:
+            # Held too long, or two transactions of this process touched the same thing: both pass by waiting.
             _log.info("batch_spooled", batch_id=batch.batch_id, cause=str(error))
             return self._keep(batch)
         finally:
@@ -238,10 +237,10 @@ class Warehouse:
     @contextmanager
     def _session(self, deadline_seconds: float) -> Iterator[duckdb.DuckDBPyConnection]:
         with self._database.session(deadline_seconds) as connection:
-            inode = self._layout.live.stat().st_ino
-            if inode != self._checked_inode:
-                ensure(connection, self.root, f"{self._rng.getrandbits(32):08x}")
-                self._checked_inode = inode
+            with self._database.check_lock:
+                if not self._database.is_checked:
+                    ensure(connection, self.root, f"{self._rng.getrandbits(32):08x}")
+                    self._database.is_checked = True
             yield connection
 
     def _drain_all(self, connection: duckdb.DuckDBPyConnection) -> None:
