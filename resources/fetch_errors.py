@@ -37,8 +37,10 @@ ErrorKind = Literal[
     "internal",
 ]
 # The endpoint answered in time and in full: what it serves is wrong, asking again costs nobody anything, and a
-# repaired page should be seen in the next tick. These do not open the breaker.
-ANSWERED: frozenset[ErrorKind] = frozenset({"not_utf8", "empty", "html", "malformed", "unknown_engine"})
+# repaired page should be seen in the next tick. And "internal" says nothing about the target. None opens the breaker.
+NO_REASON_TO_WAIT: frozenset[ErrorKind] = frozenset(
+    {"not_utf8", "empty", "html", "malformed", "unknown_engine", "internal"}
+)
 
 MAX_DETAIL_CHARACTERS = 300  # raw_scrapes.error_detail
 _STATUS_REMEDY = {
@@ -70,6 +72,8 @@ def classify(error: httpx.HTTPError) -> tuple[ErrorKind, str]:
         # Several addresses (localhost) refused: asyncio then joins the messages and drops the number.
         if isinstance(cause, ConnectionRefusedError) or f"[Errno {errno.ECONNREFUSED}]" in str(error):
             return "connect_refused", "connection refused: nothing listens on that port"
+        if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE):
+            return "internal", "the collector has no file descriptors left; raise its limit (ulimit -n)"
         if isinstance(cause, TimeoutError):
             return "connect_timeout", "no connection: the network gave up; is the host up and the port open?"
         return "connect_failed", str(error) or type(error).__name__

@@ -1,8 +1,9 @@
 """A lean HTTP/1.1 transport under httpx: GET over plain asyncio, keep-alive, nothing else.
 
-Why: httpx's own transport (httpcore, h11, anyio) costs about four times the CPU per page (measured by
-benchmarks/scrape_1000_targets.py, which prints both). Here: connecting, the pool, sending, streaming the body
-under back-pressure. Not here: deadlines (the caller's `asyncio.timeout`), redirects, content codings, proxies.
+Why: httpx's own transport (httpcore, h11, anyio) costs several times the CPU per page, and looks through its whole
+pool at every request, so that a large fleet costs it the square: benchmarks/scrape_1000_targets.py prints both.
+Here: connecting, the pool, sending, streaming the body under back-pressure. Not here: deadlines (the caller's
+`asyncio.timeout`), redirects, content codings, proxies.
 """
 
 from __future__ import annotations

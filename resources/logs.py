@@ -98,7 +98,8 @@ class ChangeLog:
         about = {self._subject: name}
         if cause is None:
             if before is None:
-                self._log.info(f"{self._subject}_up", **about)
+                # Only for who asks: at the start of a large fleet these would be a thousand lines without news.
+                self._log.debug(f"{self._subject}_up", **about)
                 return "up"
             seconds = round((at - before.since).total_seconds(), 1)
             self._log.info(f"{self._subject}_back", **about, down_seconds=seconds, last_cause=before.cause)

@@ -26,7 +26,15 @@ import structlog
 from optiinfra_pipelines.domain.fleet import Fleet, Target
 from optiinfra_pipelines.domain.thresholds import threshold_values
 from resources.breaker import Breaker, BreakerState, Policy, spread_of
-from resources.fetch_errors import ANSWERED, ErrorKind, FetchError, classify, one_line, same_origin, status_detail
+from resources.fetch_errors import (
+    NO_REASON_TO_WAIT,
+    ErrorKind,
+    FetchError,
+    classify,
+    one_line,
+    same_origin,
+    status_detail,
+)
 from resources.http_transport import LeanTransport
 from resources.page_body import PageBody, PageError
 
@@ -225,7 +233,7 @@ class MetricsEndpoints:
             )
             return replace(asked, error_kind="breaker_open", error_detail=one_line(detail), retry_at=retry_at)
         result = await self._fetch(client, known, asked)
-        if result.error_kind is None or result.error_kind in ANSWERED:
+        if result.error_kind is None or result.error_kind in NO_REASON_TO_WAIT:
             known.breaker = breaker.succeeded()
         else:
             cause = f"{result.error_kind}: {result.error_detail}"

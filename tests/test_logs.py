@@ -39,10 +39,10 @@ def test_a_change_is_said_once_and_not_once_per_tick() -> None:
 
     assert [change for change in changes if change] == ["up", "down", "down_otherwise", "back"]
     lines = json_lines(out)
-    assert [line["event"] for line in lines] == ["target_up", "target_down", "target_down_otherwise", "target_back"]
+    assert [line["event"] for line in lines] == ["target_down", "target_down_otherwise", "target_back"]
     assert {line["target"] for line in lines} == {"chat-0"}
-    assert (lines[1]["cause"], lines[1]["detail"], lines[1]["level"]) == ("connect_refused", "words", "warning")
-    assert (lines[3]["down_seconds"], lines[3]["last_cause"]) == (300.0, "deadline")
+    assert (lines[0]["cause"], lines[0]["detail"], lines[0]["level"]) == ("connect_refused", "words", "warning")
+    assert (lines[2]["down_seconds"], lines[2]["last_cause"]) == (300.0, "deadline")
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from([None, "x", "y"])), max_size=40))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import resource
 import shutil
 import socket
 import subprocess
@@ -274,6 +276,41 @@ def test_a_connection_survives_from_tick_to_tick_and_from_thread_to_thread(endpo
 
         assert [result.error_kind for result in results] == [None] * 5
         assert server.connections == 1
+
+
+def test_a_full_pool_keeps_what_it_has() -> None:
+    """Beyond the descriptor limit some targets stay warm and the rest reconnect; throwing out would chill them all."""
+    with misbehaving(page(PAGE)) as first, misbehaving(page(PAGE)) as second:
+        targets = [Target(name=f"t{server.port}", url=server.url("/metrics")) for server in (first, second)]
+        with MetricsEndpoints(concurrency=1, transport=lambda: LeanTransport(max_idle=1)) as endpoints:
+            for tick in range(4):
+                results = endpoints.scrape(targets, NOW + timedelta(seconds=5 * tick))
+                assert [result.text for result in results] == [PAGE, PAGE]
+
+        assert (first.connections, second.connections) == (1, 4)
+
+
+def test_no_descriptors_left_is_the_collectors_own_trouble() -> None:
+    """The target is not to blame, is not waited for, and the row says what to raise."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with misbehaving(page(PAGE)) as server, MetricsEndpoints() as endpoints:
+        endpoints.scrape([], NOW)  # the loop has its own descriptors before they run out
+        held = []
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+            with contextlib.suppress(OSError):
+                while True:
+                    held.append(socket.socket())
+            results = [scrape_one(endpoints, server.url("/metrics"), NOW + timedelta(seconds=5 * i)) for i in range(5)]
+        finally:
+            for sock in held:
+                sock.close()
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        recovered = scrape_one(endpoints, server.url("/metrics"), NOW + timedelta(seconds=30))
+
+    assert {result.error_kind for result in results} == {"internal"}
+    assert "ulimit -n" in str(results[0].error_detail)
+    assert recovered.text == PAGE
 
 
 def test_a_server_that_drops_idle_connections_costs_no_scrape(endpoints: MetricsEndpoints) -> None:

@@ -32,12 +32,18 @@ class Target(Frozen):
     url: str = Field(
         pattern=r"^https?://", description="Full URL of the metrics page, such as http://10.0.0.5:8000/metrics."
     )
-    deployment: Name | None = Field(None, description="Deployment this replica belongs to.")
-    host: Name | None = Field(None, description="Host it runs on, to join GPU and host telemetry.")
-    engine: Engine | None = Field(None, description="Engine, where the page alone cannot tell; detected when absent.")
-    source: Source = Field("live", description="What stands behind the URL; shown wherever its numbers are shown.")
+    deployment: Name | None = Field(default=None, description="Deployment this replica belongs to.")
+    host: Name | None = Field(default=None, description="Host it runs on, to join GPU and host telemetry.")
+    engine: Engine | None = Field(
+        default=None, description="Engine, where the page alone cannot tell; detected when absent."
+    )
+    source: Source = Field(
+        default="live", description="What stands behind the URL; shown wherever its numbers are shown."
+    )
     headers: dict[str, SecretStr] = Field(default_factory=dict, description="Request headers; secrets as ${NAME}.")
-    keep: tuple[str, ...] = Field((), description="Families to keep in raw_kept_samples; * and ? are wildcards.")
+    keep: tuple[str, ...] = Field(
+        default=(), description="Families to keep in raw_kept_samples; * and ? are wildcards."
+    )
 
 
 class Objective(Frozen):
@@ -45,7 +51,9 @@ class Objective(Frozen):
 
     kind: Literal["ttft", "tpot", "itl", "e2e", "error_ratio", "availability"]
     target_ratio: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
-    threshold_seconds: Positive | None = Field(None, description="Bound of a latency objective; none for the others.")
+    threshold_seconds: Positive | None = Field(
+        default=None, description="Bound of a latency objective; none for the others."
+    )
     window_days: Positive = 30.0
 
 
@@ -55,7 +63,7 @@ class Deployment(Frozen):
     name: Name
     model: str
     engine: Engine | None = None
-    gpu: str | None = Field(None, description="GPU type, such as H100-80GB-SXM.")
+    gpu: str | None = Field(default=None, description="GPU type, such as H100-80GB-SXM.")
     gpus_per_replica: Annotated[int, Field(ge=0)] = 0
     price_usd_per_gpu_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         None, description="What one GPU costs you; the price table's figure when absent."
@@ -65,13 +73,29 @@ class Deployment(Frozen):
     objectives: tuple[Objective, ...] = ()
 
 
+class Series(Frozen):
+    """The series of a Prometheus server that are one host's: those where `label` is `value`."""
+
+    label: str = Field(description="Such as instance or Hostname.")
+    value: str = Field(description="Such as gpu-node-1:9400.")
+
+
+class PrometheusServer(Frozen):
+    """A Prometheus-compatible server that already scrapes the hosts' exporters."""
+
+    url: str = Field(pattern=r"^https?://", description="Its root, such as http://prometheus:9090.")
+    headers: dict[str, SecretStr] = Field(default_factory=dict, description="Request headers; secrets as ${NAME}.")
+
+
 class Host(Frozen):
-    """A machine: this one (`local`), or one read through its exporters."""
+    """A machine: this one (`local`), one read through its exporters, or one that the Prometheus server knows."""
 
     name: Name
     local: bool = False
-    dcgm_exporter: str | None = Field(None, pattern=r"^https?://")
-    node_exporter: str | None = Field(None, pattern=r"^https?://")
+    dcgm_exporter: str | None = Field(default=None, pattern=r"^https?://")
+    node_exporter: str | None = Field(default=None, pattern=r"^https?://")
+    gpu_series: Series | None = Field(default=None, description="Its dcgm-exporter series in the Prometheus server.")
+    node_series: Series | None = Field(default=None, description="Its node_exporter series in the Prometheus server.")
     source: Source = "live"
 
 
@@ -99,7 +123,8 @@ class Fleet(Frozen):
     targets: tuple[Target, ...] = ()
     deployments: tuple[Deployment, ...] = ()
     hosts: tuple[Host, ...] = ()
-    keep: tuple[str, ...] = Field((), description="Families to keep verbatim from every target.")
+    prometheus: PrometheusServer | None = None
+    keep: tuple[str, ...] = Field(default=(), description="Families to keep verbatim from every target.")
     cadence: Cadence = Cadence()
     retention: Retention = Retention()
     thresholds: dict[str, float] = Field(default_factory=dict, description="Overrides of analysis thresholds by name.")
