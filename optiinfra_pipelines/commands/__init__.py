@@ -1,0 +1,1 @@
+"""What each `optiinfra` command does; `optiinfra_pipelines.cli` only parses the line. Nothing imports these."""

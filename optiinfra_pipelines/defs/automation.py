@@ -1,0 +1,53 @@
+"""When derived assets are refreshed: one condition at one cadence, evaluated by one sensor that runs from the start."""
+
+from __future__ import annotations
+
+import dagster as dg
+
+from resources.dagster_prune import REFRESH_TAG
+
+# Evaluating thirty assets costs about a tenth of a CPU second; the first refresh may wait this long.
+EVALUATE_SECONDS = 20
+
+
+def refresh_condition(minutes: int) -> dg.AutomationCondition[dg.AssetKey]:
+    """Every `minutes` (whole-hour divisors keep the clock's steps), and at once when never made; never two at a time.
+
+    Raw tables that have not reported yet hold the first refresh back: there is nothing to refresh from.
+    """
+    never_made = dg.AutomationCondition.missing() & ~dg.AutomationCondition.execution_failed()
+    due = dg.AutomationCondition.cron_tick_passed(cron(minutes)).since(dg.AutomationCondition.newly_requested())
+    return (
+        (never_made | due) & ~dg.AutomationCondition.any_deps_missing() & ~dg.AutomationCondition.in_progress()
+    ).with_label(f"every {minutes} min")
+
+
+def rebuild_condition() -> dg.AutomationCondition[dg.AssetKey]:
+    """Views: when never made or when their SQL changed."""
+    needed = dg.AutomationCondition.missing() | dg.AutomationCondition.code_version_changed()
+    return (
+        needed
+        & ~dg.AutomationCondition.execution_failed()
+        & ~dg.AutomationCondition.any_deps_missing()
+        & ~dg.AutomationCondition.in_progress()
+    ).with_label("when its SQL changed")
+
+
+def cron(minutes: int) -> str:
+    """The cron line nearest to a step of minutes: steps under an hour, then whole hours."""
+    if minutes < 60:
+        return f"*/{minutes} * * * *"
+    hours = minutes // 60
+    return "0 * * * *" if hours == 1 else f"0 */{min(hours, 24)} * * *" if hours < 24 else "0 0 * * *"
+
+
+def automation_sensor() -> dg.AutomationConditionSensorDefinition:
+    """Evaluates every condition; its runs are marked so that their history may be pruned."""
+    return dg.AutomationConditionSensorDefinition(
+        "refresh_assets",
+        target=dg.AssetSelection.all(),
+        minimum_interval_seconds=EVALUATE_SECONDS,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        run_tags=REFRESH_TAG,
+        description="Starts the refresh of derived assets at fleet.yaml's cadence.refresh_minutes.",
+    )

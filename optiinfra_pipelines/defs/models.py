@@ -1,0 +1,128 @@
+"""The SQL models as assets: one op refreshes them in order, one publishes the read copy, one runs their tests.
+
+Names, dependencies, groups and metadata only; what a model is and how it is refreshed is `optiinfra_pipelines.sql`.
+"""
+
+from collections.abc import Iterator
+
+import dagster as dg
+
+from optiinfra_pipelines.defs.automation import rebuild_condition, refresh_condition
+from optiinfra_pipelines.defs.schema import Metadata, preview, table_metadata
+from optiinfra_pipelines.sql.models import Layer, Model, Models, Severity, TestResult
+from resources.model_runner import ModelRunner, Refreshed
+from resources.warehouse import Warehouse
+
+# DuckDB takes one writing process at a time: runs that write share this pool of one.
+WAREHOUSE_POOL = "warehouse"
+READ_COPY = "read_copy"
+
+
+def model_assets(runner: ModelRunner, warehouse: Warehouse, refresh_minutes: int) -> list[dg.AssetsDefinition]:
+    """The refresh of every model, and the read copy that people ask."""
+    return [_refresh(runner, refresh_minutes), _read_copy(runner.models, warehouse, refresh_minutes)]
+
+
+def model_checks(runner: ModelRunner) -> dg.AssetChecksDefinition:
+    """Every data test of every model as an asset check, run by one op."""
+    specs = [
+        dg.AssetCheckSpec(test.name, asset=model.name, description=f"Data test of {model.name}, as its YAML states it.")
+        for model in runner.models.values()
+        for test in model.tests
+    ]
+
+    @dg.multi_asset_check(name="check_models", specs=specs, can_subset=True)
+    def check_models(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
+        selected = {(key.asset_key.to_user_string(), key.name) for key in context.selected_asset_check_keys}
+        for model in runner.models.values():
+            if any(name == model.name for name, _ in selected):
+                for result in runner.test(model):
+                    if (model.name, result.name) in selected:
+                        yield _check_result(result)
+
+    return check_models
+
+
+def _refresh(runner: ModelRunner, refresh_minutes: int) -> dg.AssetsDefinition:
+    @dg.multi_asset(
+        name="refresh_models",
+        specs=[_spec(model, refresh_minutes) for model in runner.models.values()],
+        can_subset=True,
+        pool=WAREHOUSE_POOL,
+    )
+    def refresh_models(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[None]]:
+        late = runner.redo_late_rows()
+        if late is not None:
+            context.log.info("late rows from %s on: their minutes are made anew", late.isoformat())
+        for model in runner.models.values():
+            key = dg.AssetKey(model.name)
+            if key in context.selected_asset_keys:
+                yield dg.MaterializeResult(asset_key=key, metadata=_metadata(runner.refresh(model)))
+
+    return refresh_models
+
+
+def _metadata(refreshed: Refreshed) -> dict[str, Metadata]:
+    metadata: dict[str, Metadata] = {
+        "seconds": round(refreshed.seconds, 4),
+        "rows_written": refreshed.rows_written,
+    }
+    if refreshed.row_count is not None:
+        metadata["dagster/row_count"] = refreshed.row_count
+    if refreshed.newest is not None:
+        metadata["newest_rows"] = preview(refreshed.newest)
+    return metadata
+
+
+def _spec(model: Model, refresh_minutes: int) -> dg.AssetSpec:
+    return dg.AssetSpec(
+        key=model.name,
+        deps=list(model.depends_on),
+        group_name=model.layer.value,
+        description=model.description,
+        kinds={"duckdb", "sql"},
+        owners=["team:platform"],
+        tags={"layer": model.layer.value, "materialization": model.materialization.value},
+        code_version=model.fingerprint,
+        metadata={
+            **table_metadata(model.name, {column.name: column for column in model.columns}),
+            "sql": dg.MetadataValue.md(f"```sql\n{model.sql}\n```"),
+        },
+        automation_condition=refresh_condition(refresh_minutes) if model.is_stored else rebuild_condition(),
+    )
+
+
+def _read_copy(models: Models, warehouse: Warehouse, refresh_minutes: int) -> dg.AssetsDefinition:
+    @dg.asset(
+        name=READ_COPY,
+        deps=[model.name for model in models.values() if model.layer is Layer.MARTS],
+        group_name="published",
+        kinds={"duckdb"},
+        owners=["team:platform"],
+        pool=WAREHOUSE_POOL,
+        automation_condition=refresh_condition(refresh_minutes),
+        description="The copy of the warehouse that people and notebooks open; swapped in whole after each refresh, "
+        "so an open session neither blocks collection nor breaks.",
+    )
+    def read_copy() -> dg.MaterializeResult[None]:
+        published = warehouse.publish()
+        return dg.MaterializeResult(
+            metadata={
+                "path": dg.MetadataValue.path(published.path),
+                "bytes": published.size_bytes,
+                "seconds": round(published.seconds, 4),
+            }
+        )
+
+    return read_copy
+
+
+def _check_result(result: TestResult) -> dg.AssetCheckResult:
+    metadata: dict[str, Metadata] = {"failing_rows": result.failing_rows}
+    if not result.passed:
+        metadata["query"] = dg.MetadataValue.md(f"```sql\n{result.sql}\n```")
+        metadata["sample"] = dg.MetadataValue.md("\n".join(f"- `{dict(row)}`" for row in result.sample))
+    severity = dg.AssetCheckSeverity.ERROR if result.severity is Severity.ERROR else dg.AssetCheckSeverity.WARN
+    return dg.AssetCheckResult(
+        check_name=result.name, asset_key=result.model, passed=result.passed, severity=severity, metadata=metadata
+    )
