@@ -88,6 +88,8 @@ PORTS: tuple[Port, ...] = (
     Port("dynamo_worker", 8081, turn_on="DYN_SYSTEM_PORT=8081"),
     Port("llamacpp", 8080, turn_on="--metrics"),
     Port("lmcache_mp", 8080, turn_on="--http-port"),
+    # 6999 is the scheduler's, one more for each worker after it.
+    Port("lmcache", 7000, turn_on="internal_api_server_enabled: true, or PROMETHEUS_MULTIPROC_DIR shared with vLLM"),
     Port("lmcache", 6999, turn_on="internal_api_server_enabled: true, or PROMETHEUS_MULTIPROC_DIR shared with vLLM"),
 )
 
