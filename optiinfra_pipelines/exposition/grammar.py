@@ -33,8 +33,9 @@ _QUOTED = r'"((?:[^"\\]++|\\.)*+)"'
 _SERIES = re.compile(rf'[ \t]*+({_NAME})?[ \t]*+(\{{(?:[^"{{}}]++|"(?:[^"\\]++|\\.)*+")*+\}})?[ \t]*+')
 # The line that nearly every exporter writes; a shorter way through the same rules.
 _COMMON = re.compile(rf'({_NAME})(\{{(?:[^"{{}}]++|"[^"\\]*+")*+\}})? (-?[0-9]++(?:\.[0-9]++)?(?:[eE][+-]?[0-9]++)?)\Z')
-# A label without escapes or blanks, and what closes it: a list of nothing else needs no closer look.
-_COMMON_LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*+)="([^"\\]*+)"[,}]')
+# Labels without escapes or blanks: a list of nothing else needs no closer look.
+_COMMON_LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*+)="([^"\\]*+)"')
+_COMMON_LABELS = re.compile(r'\{(?:[a-zA-Z_][a-zA-Z0-9_]*+="[^"\\]*+"(?:,(?!\})|(?=\})))++\}\Z')
 _LABEL_NAME = re.compile(rf"[ \t]*+(?:([a-zA-Z_][a-zA-Z0-9_]*+)|{_QUOTED})[ \t]*+")
 _LABEL_VALUE = re.compile(rf"=[ \t]*+{_QUOTED}[ \t]*+")
 _NUMBER = re.compile(
@@ -121,11 +122,10 @@ def read_series(line: str, known: KnownLabels) -> tuple[str, Labels, int]:
 
 def read_labels(text: str, start: int) -> tuple[str | None, Labels]:
     """The quoted metric name, if any, and the labels of `{...}` that begins at `start`."""
-    labels: list[tuple[str, str]] = _COMMON_LABEL.findall(text, start + 1)
-    if sum([len(label) + len(value) + 4 for label, value in labels]) + 1 == len(text) - start:
-        return None, _distinct(labels)
+    if _COMMON_LABELS.match(text, start) is not None:
+        return None, _distinct(_COMMON_LABEL.findall(text, start))
     name: str | None = None
-    labels = []
+    labels: list[tuple[str, str]] = []
     position = start + 1
     while True:
         found = _LABEL_NAME.match(text, position)
