@@ -48,7 +48,9 @@ class Memory(Frozen):
     load_bytes_per_second: Positive | None = Field(
         default=None, description="Measured or rated speed of loading KV into the GPU; none for the GPU's own memory."
     )
-    usd_per_gib_hour: NonNegativeFloat | None = Field(default=None, description="What one GiB costs an hour; none if unknown.")
+    usd_per_gib_hour: NonNegativeFloat | None = Field(
+        default=None, description="What one GiB costs an hour; none if unknown."
+    )
 
 
 class TierAdvice(Frozen):

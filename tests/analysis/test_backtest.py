@@ -1,0 +1,246 @@
+"""The replay conserves work, pays for cold starts, and its oracle is a true lower bound."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+from optiinfra_pipelines.analysis import backtest as module
+from optiinfra_pipelines.analysis.backtest import backtest, compare_policies, oracle_replica_hours, replay
+from optiinfra_pipelines.analysis.backtest_manifests import manifest
+from optiinfra_pipelines.analysis.backtest_policies import line_fit, window_mean
+from optiinfra_pipelines.analysis.backtest_tuning import choose_policy, keda_candidates, trend_candidates
+from optiinfra_pipelines.domain.scaling import (
+    ForesightPolicy,
+    HpaPolicy,
+    KedaLoadPolicy,
+    KedaWaitingPolicy,
+    PlannerPolicy,
+    Policy,
+    SloRatioPolicy,
+    StaticPolicy,
+    TrendPolicy,
+)
+
+POLICIES: tuple[Policy, ...] = (
+    StaticPolicy(replicas=4),
+    HpaPolicy(target_ratio=0.7),
+    KedaWaitingPolicy(),
+    KedaLoadPolicy(target_ratio=0.9),
+    SloRatioPolicy(),
+    PlannerPolicy(),
+    TrendPolicy(),
+    ForesightPolicy(),
+)
+loads = st.lists(st.floats(0, 120), min_size=1, max_size=60).map(np.array)
+policies = st.sampled_from(POLICIES)
+
+
+@given(loads, policies, st.integers(0, 5), st.integers(0, 4))
+def test_what_arrives_is_served_or_still_queued(load: np.ndarray, policy: Policy, cold: int, drain: int) -> None:
+    """No work is lost or made, whatever the policy does; nothing is served that had not arrived."""
+    result = backtest(load, policy, 1.0, cold * 10.0, drain_seconds=drain * 10.0)
+    assert result.served + result.queued_at_end == pytest.approx(result.arrived, abs=1e-6)
+    timeline, _ = replay(load, policy, capacity=1.0, cold_start_seconds=cold * 10.0, drain_seconds=drain * 10.0)
+    assert (timeline["served"].cum_sum() <= timeline["arrived"].cum_sum() + 1e-6).all()
+    assert (timeline["served"] <= timeline["ready_replicas"] * 10.0 + 1e-6).all()
+    assert (timeline["paid_replicas"] >= timeline["ready_replicas"]).all()
+
+
+@given(loads, policies, st.integers(0, 5))
+def test_no_policy_that_never_waits_is_cheaper_than_the_oracle(load: np.ndarray, policy: Policy, cold: int) -> None:
+    """Where nothing ever queued, the replay cost at least what the offline optimum costs."""
+    result = backtest(load, policy, 1.0, cold * 10.0, oracle_window_seconds=10.0, min_replicas=0)
+    if result.longest_wait_seconds == 0 and result.queued_at_end == 0:
+        assert result.replica_hours >= result.oracle_replica_hours - 1e-9
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=7), st.integers(0, 3))
+def test_the_oracle_is_the_cheapest_of_all_schedules(needed: list[int], cold: int) -> None:
+    """Every schedule of ready replicas that covers the need, each start paid its cold start: none is cheaper."""
+    least = float("inf")
+    for ready in itertools.product(range(3), repeat=len(needed)):
+        if any(have < need for have, need in zip(ready, needed, strict=True)):
+            continue
+        # A replica started for step t was paid from max(0, t - cold); those ready at step 0 were running already.
+        starts = sum(max(ready[t] - ready[t - 1], 0) * min(cold, t) for t in range(1, len(ready)))
+        least = min(least, sum(ready) + starts)
+    load = np.array(needed, dtype=float) * 10
+    hours = oracle_replica_hours(load, capacity=1.0, cold_start_seconds=cold * 10.0, window_seconds=10.0)
+    assert hours * 360 == pytest.approx(least)
+
+
+@settings(deadline=None)  # the first call compiles
+@given(loads, policies, st.integers(0, 5))
+def test_compiled_and_interpreted_replays_agree(load: np.ndarray, policy: Policy, cold: int) -> None:
+    """Long replays are compiled, short ones interpreted; the answer does not depend on which."""
+    short = backtest(load, policy, 1.0, cold * 10.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "COMPILED_FROM_STEPS", 0)
+        assert backtest(load, policy, 1.0, cold * 10.0) == short
+
+
+def test_a_replica_is_paid_from_its_order_and_serves_after_its_cold_start() -> None:
+    """Load doubles in step 2; the second replica is ordered at its end, paid from step 3 and ready at step 6."""
+    load = np.array([10.0, 10, 20, 20, 20, 20, 20, 20])
+    policy = KedaLoadPolicy(target_ratio=1, window_seconds=10, sync_seconds=10, queue_drain_seconds=1e12)
+    timeline, changes = replay(load, policy, capacity=1.0, cold_start_seconds=30, initial_replicas=1)
+
+    assert timeline["paid_replicas"].to_list() == [1, 1, 1, 2, 2, 2, 2, 2]
+    assert timeline["ready_replicas"].to_list() == [1, 1, 1, 1, 1, 1, 2, 2]
+    assert timeline["wait_seconds"].to_list() == [0, 0, 10, 20, 30, 40, 20, 20]
+    assert changes == (1, 0)
+
+
+def test_a_removed_replica_is_paid_until_it_has_drained() -> None:
+    """Load halves; the second replica stops serving at once and costs two more steps."""
+    load = np.array([20.0, 10, 10, 10, 10])
+    policy = KedaLoadPolicy(target_ratio=1, window_seconds=10, sync_seconds=10, stabilization_seconds=0)
+    timeline, _ = replay(load, policy, capacity=1.0, cold_start_seconds=30, drain_seconds=20, initial_replicas=2)
+
+    assert timeline["ready_replicas"].to_list() == [2, 2, 1, 1, 1]
+    assert timeline["paid_replicas"].to_list() == [2, 2, 2, 2, 1]
+
+
+def test_replicas_that_are_still_starting_are_cancelled_first() -> None:
+    """A one-step burst orders two replicas; both are called off before they ever serve."""
+    load = np.array([10.0, 30, 10, 10, 10, 10, 10])
+    policy = KedaLoadPolicy(
+        target_ratio=1, window_seconds=10, sync_seconds=10, stabilization_seconds=0, queue_drain_seconds=1e12
+    )
+    timeline, _ = replay(load, policy, capacity=1.0, cold_start_seconds=60, initial_replicas=1)
+
+    assert timeline["ready_replicas"].to_list() == [1] * 7
+    assert timeline["paid_replicas"].to_list() == [1, 1, 3, 1, 1, 1, 1]
+
+
+def test_hpa_does_nothing_inside_its_tolerance() -> None:
+    """At 7 % over target Kubernetes holds; at 25 % over it scales."""
+    for load, expected in ((75.0, 10), (88.0, 13)):
+        policy = HpaPolicy(target_ratio=0.7, sync_seconds=10)
+        timeline, _ = replay(np.full(60, load), policy, capacity=1.0, cold_start_seconds=0, initial_replicas=10)
+        assert timeline["ready_replicas"][-1] == expected
+
+
+def test_a_policy_on_waiting_alone_falls_to_its_minimum_when_nothing_waits() -> None:
+    """No queue, no replicas wanted: a fleet at work is scaled to its minimum and overloads again."""
+    timeline, _ = replay(
+        np.full(360, 50.0), KedaWaitingPolicy(), capacity=1.0, cold_start_seconds=60, initial_replicas=10
+    )
+    assert timeline["ready_replicas"].to_numpy().min() == 1
+    assert timeline["wait_seconds"].to_numpy().max() > 60
+
+
+def test_the_trend_is_the_least_squares_line() -> None:
+    """Mean and slope of every trailing window are those of numpy's own fit."""
+    rate = np.random.default_rng(7).gamma(9, 1, 50)
+    mean, slope = line_fit(rate, 80, 10)
+    for end in (8, 20, 49):
+        window = rate[end - 7 : end + 1]
+        fitted_slope, _ = np.polyfit(np.arange(8), window, 1)
+        assert (mean[end], slope[end]) == (pytest.approx(window.mean()), pytest.approx(fitted_slope))
+    np.testing.assert_allclose(window_mean(rate, 30, 10)[2:], np.convolve(rate, np.ones(3) / 3, "valid"))
+
+
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy.kind != "foresight"])
+def test_a_policy_never_knows_the_future(policy: Policy) -> None:
+    """Changing the load from step 200 on changes nothing of what was decided before."""
+    rng = np.random.default_rng(3)
+    load = rng.gamma(5, 10, 300)
+    other = np.concatenate([load[:200], rng.gamma(5, 30, 100)])
+    before = replay(load, policy, capacity=1.0, cold_start_seconds=60)[0]
+    after = replay(other, policy, capacity=1.0, cold_start_seconds=60)[0]
+    assert before[:200].equals(after[:200])
+
+
+def test_replicas_stay_within_their_limits() -> None:
+    """Neither a flood nor silence moves a fleet past its maximum or under its minimum."""
+    load = np.concatenate([np.zeros(100), np.full(100, 1e4), np.zeros(200)])
+    for policy in POLICIES:
+        timeline, _ = replay(load, policy, capacity=1.0, cold_start_seconds=30, min_replicas=2, max_replicas=9)
+        assert timeline["ready_replicas"].to_numpy().min() >= 2
+        assert timeline["paid_replicas"].to_numpy().max() <= 9
+
+
+def test_no_demand_has_no_attainment() -> None:
+    """Nothing arrived, so nothing was kept or broken: None, not 100 %."""
+    assert backtest(np.zeros(10), StaticPolicy(replicas=1), 1.0, 0).attainment_ratio is None
+
+
+def test_demand_without_a_replica_has_no_finite_wait() -> None:
+    """Zero replicas serve nobody: attainment 0, the longest wait unknown."""
+    result = backtest(np.full(5, 10.0), StaticPolicy(replicas=0), 1.0, 0, min_replicas=0)
+    assert (result.attainment_ratio, result.longest_wait_seconds) == (0.0, None)
+
+
+def test_gaps_and_impossible_numbers_are_refused() -> None:
+    """A NaN would spread through the queue unseen: the caller must say what a gap means."""
+    for load, capacity in ((np.array([1.0, np.nan]), 1.0), (np.array([-1.0]), 1.0), (np.array([]), 1.0)):
+        with pytest.raises(ValueError, match="load"):
+            backtest(load, StaticPolicy(replicas=1), capacity, 0)
+    with pytest.raises(ValueError, match="capacity 0"):
+        backtest(np.array([1.0]), StaticPolicy(replicas=1), 0, 0)
+    with pytest.raises(ValueError, match="column arrived"):
+        backtest(pl.DataFrame({"load": [1.0]}), StaticPolicy(replicas=1), 1.0, 0)
+
+
+def test_the_pareto_marks_what_nothing_beats() -> None:
+    """Two static fleets too large for their load: only the smaller is worth having."""
+    load = np.full(60, 20.0)
+    frame = compare_policies(load, [StaticPolicy(replicas=n) for n in (1, 2, 3)], 1.0, 0)
+    assert frame["is_pareto"].to_list() == [True, True, False]
+    assert frame["attainment_ratio"].to_list() == [pytest.approx(1 / 60), 1.0, 1.0]
+
+
+def test_parameters_are_chosen_on_the_history_alone() -> None:
+    """The cheapest that keeps the objective there; the best kept where none does."""
+    rng = np.random.default_rng(5)
+    days = [50 + 30 * np.sin(np.arange(360) / 40) + rng.normal(0, 2, 360) for _ in range(2)]
+    chosen = choose_policy(days, keda_candidates(), 1.0, 60, attainment_ratio=0.99)
+    kept = [backtest(day, chosen, 1.0, 60).attainment_ratio or 0 for day in days]
+    assert sum(kept) / 2 >= 0.985
+    impossible = choose_policy(days, [StaticPolicy(replicas=1), StaticPolicy(replicas=3)], 1.0, 60, attainment_ratio=1)
+    assert impossible == StaticPolicy(replicas=3)
+    assert len(set(trend_candidates())) == len(trend_candidates())
+
+
+def test_policies_are_data() -> None:
+    """A policy survives JSON, and an unknown key is an error."""
+    adapter: TypeAdapter[Policy] = TypeAdapter(Policy)
+    for policy in POLICIES:
+        assert adapter.validate_json(policy.model_dump_json()) == policy
+    with pytest.raises(ValidationError):
+        adapter.validate_python({"kind": "hpa", "target_ratio": 0.7, "cool_down": 5})
+
+
+def test_the_manifest_sets_what_was_replayed() -> None:
+    """Thresholds are capacity times target, holds are stabilization windows; what KEDA cannot say is None."""
+    common = {"deployment": "chat", "namespace": "llm", "capacity": 2000.0, "cold_start_seconds": 180.0}
+    limits = {"tokens_per_request": 800.0, "min_replicas": 2, "max_replicas": 40, "prometheus_url": "http://prom:9090"}
+    made = {policy.kind: manifest(policy, **common, **limits) for policy in POLICIES}  # type: ignore[arg-type]
+    assert [kind for kind, found in made.items() if found is None] == ["slo_ratio", "planner", "foresight"]
+
+    hpa, keda, trend = made["hpa"], made["keda_load"], made["trend"]
+    assert hpa is not None
+    assert keda is not None
+    assert trend is not None
+    assert hpa["spec"]["metrics"][0]["pods"]["target"]["averageValue"] == "1400"
+    assert hpa["spec"]["behavior"]["scaleDown"]["stabilizationWindowSeconds"] == 300
+    trigger = keda["spec"]["triggers"][0]["metadata"]
+    assert trigger["threshold"] == "1800"
+    assert "vllm:num_requests_waiting" in trigger["query"]
+    assert "* 800 / 60" in trigger["query"]
+    assert (keda["spec"]["minReplicaCount"], keda["spec"]["maxReplicaCount"]) == (2, 40)
+    assert "predict_linear" in trend["spec"]["triggers"][0]["metadata"]["query"]
+    for found in made.values():
+        json.dumps(found)
+        query = "" if found is None else json.dumps(found)
+        assert query.count("(") == query.count(")")
