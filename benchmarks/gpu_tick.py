@@ -66,12 +66,14 @@ def measure(gpus: int, ticks: int) -> None:
     print(
         f"{samples.height} GPUs, {known} of {samples.width} columns known, {last['raw_gpu_processes'].height} processes"
     )
+    load, cores = os.getloadavg()[0], os.cpu_count()
+    print(f"load average {load:.1f} on {cores} cores: on a busy machine the caches are cold and CPU times longer")
     print(f"status {row['status']}, {row['error_count']} values failed, {len(wall)} ticks {GAP_SECONDS} s apart")
     show("wall per tick", wall, 10.0)
     show("CPU per tick", cpu, 2.0)
     show("CPU of the first tick, facts included", slow, None)
 
-    rows, schema = samples.to_dicts(), raw_tables()["raw_gpu_samples"].polars_schema
+    rows, schema = samples.to_dicts(), dict(raw_tables()["raw_gpu_samples"].polars_schema)
     floor = []
     for _ in range(ticks):
         began_cpu = time.thread_time()

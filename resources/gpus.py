@@ -24,10 +24,8 @@ from optiinfra_pipelines.domain.fleet import Source
 from optiinfra_pipelines.domain.gpus import Health
 from optiinfra_pipelines.sql.sources import raw_tables
 from resources.nvml_ask import DriverDownError, GpuGoneError, Ledger, ask, code_name, code_of
-from resources.nvml_buffers import GpmRequest, RingReader
-from resources.nvml_device import GpuReader, Reading, Row, Shared
+from resources.nvml_device import Buffers, GpuReader, Reading, Row, Shared
 from resources.nvml_events import XidEvents
-from resources.nvml_metrics import GPM_METRICS
 
 _log = structlog.get_logger(__name__)
 
@@ -84,11 +82,11 @@ class GpuCollector:
     ) -> None:
         self._host, self._source, self._sysfs = host, source, sysfs
         self._slow = timedelta(seconds=slow_seconds)
-        self._schemas = {
-            name: raw_tables()[name].polars_schema
+        self._schemas = {  # a plain dict: polars takes a Schema apart again, every time
+            name: dict(raw_tables()[name].polars_schema)
             for name in ("raw_gpu_samples", "raw_gpu_processes", "raw_gpu_collections")
         }
-        self._ring, self._gpm = RingReader(), GpmRequest([metric for metric, _, _ in GPM_METRICS])
+        self._buffers = Buffers()
         self._lock = threading.Lock()
         self._ledgers: dict[tuple[str, str], Ledger] = {}
         self._known: dict[str, Row] = {}
@@ -277,7 +275,7 @@ class GpuCollector:
     def _reader(self, handle: object, index: int, uuid: str) -> GpuReader:
         ledger = self._ledgers.setdefault((uuid, self._driver), Ledger())
         self._fresh.add(uuid)
-        return GpuReader(handle, index, uuid, ledger, Shared(self._driver, self._ring, self._gpm, self._sysfs))
+        return GpuReader(handle, index, uuid, ledger, Shared(self._driver, self._buffers, self._sysfs))
 
     # ---- the driver's life ----
 
@@ -296,7 +294,7 @@ class GpuCollector:
             nvml.nvmlInit()  # type: ignore[no-untyped-call]
             self._is_open = True
             self._driver = str(nvml.nvmlSystemGetDriverVersion())
-            self._system.unsupported.clear()
+            self._system.forget()
         except nvml.NVMLError as error:
             code = code_of(error)
             self._close()
@@ -333,10 +331,10 @@ class GpuCollector:
 
 
 def _unknowns(ledger: Ledger) -> list[str]:
-    """What a GPU does not tell, grouped by reason; older and newer calls for one metric are one."""
-    lines = []
-    for title, reasons in (("not told", ledger.unsupported), ("not permitted", ledger.denied)):
-        metrics = {metric.partition(" (")[0] for metric in reasons if title == "not permitted" or "(" not in metric}
-        if metrics:
-            lines.append(f"  {title}: {', '.join(sorted(metrics))}")
+    """What a GPU does not tell, by reason."""
+    lines = [
+        f"  {title}: {', '.join(sorted(reasons))}"
+        for title, reasons in (("not told", ledger.unsupported), ("not permitted", ledger.denied))
+        if reasons
+    ]
     return lines + [f"  {failure}, {count} times" for failure, count in sorted(ledger.failures.items())]

@@ -85,11 +85,18 @@ class Ledger:
 
     unsupported: metric -> reason, never asked again. denied: metric -> reason, asked again, for rights may change.
     failures: unexpected codes and impossible values so far, by kind; `error_count` is their sum.
+    chosen: metric -> which of its calls, from the newest to the oldest, this driver knows.
     """
 
     unsupported: dict[str, str] = field(default_factory=dict)
     denied: dict[str, str] = field(default_factory=dict)
     failures: Counter[str] = field(default_factory=Counter)
+    chosen: dict[str, int] = field(default_factory=dict)
+
+    def forget(self) -> None:
+        """Ask everything again, as of a GPU whose mode has changed."""
+        self.unsupported.clear()
+        self.chosen.clear()
 
     @property
     def error_count(self) -> int:
@@ -143,12 +150,13 @@ def ask_first(
     ledger: Ledger, metric: str, calls: tuple[Callable[..., T], ...], *arguments: object, when_empty: T | None = None
 ) -> T | None:
     """The same question put to newer and older calls: the first that this driver knows answers, alone, ever after."""
-    for call in calls:
-        name = f"{metric} ({call.__name__})"
-        if name in ledger.unsupported:
-            continue
-        answer = ask(ledger, name, call, *arguments, when_empty=when_empty)
-        if name not in ledger.unsupported:
+    if metric in ledger.unsupported:
+        return None
+    for position in range(ledger.chosen.get(metric, 0), len(calls)):
+        answer = ask(ledger, metric, calls[position], *arguments, when_empty=when_empty)
+        if metric not in ledger.unsupported:
+            ledger.chosen[metric] = position
             return answer
-    ledger.unsupported.setdefault(metric, "not_supported")
+        if position + 1 < len(calls):
+            del ledger.unsupported[metric]
     return None

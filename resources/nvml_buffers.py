@@ -1,8 +1,8 @@
-"""The three NVML calls that return many values, read through buffers that are allocated once.
+"""The NVML calls that return many values, read through buffers that are allocated once.
 
-Here: the sample ring, field values and GPM averages. The structures and the loaded library are nvidia-ml-py's; its
-own wrappers of these three build one Python object per value and ask the ring twice, which costs more than the rest
-of a tick. Not here: what the values mean (`nvml_device`).
+Here: the sample ring, field values, GPM averages and process lists. The structures and the loaded library are
+nvidia-ml-py's; its own wrappers of these build one Python object per value and ask twice (for the size first), which
+costs more than the rest of a tick. Not here: what the values mean (`nvml_device`).
 """
 
 from __future__ import annotations
@@ -14,16 +14,21 @@ from typing import Any
 
 import pynvml as nvml
 
-from resources.nvml_ask import nvml_error
+from resources.nvml_ask import code_of, nvml_error
 
 # A ring holds about 100 (utilization) to 120 samples; room for twice as many.
 RING_CAPACITY = 256
+# A GPU rarely has more than a few dozen processes; the buffer grows when one has.
+PROCESS_CAPACITY = 64
 # What "since the last tick" means before there was one: the cadence of collection.
 FIRST_LOOK_US = 5_000_000
 
 _FIELD_ANSWER = struct.Struct("=24xIIQ")  # of nvmlFieldValue_t: value type, return code, value
 _GPM_ANSWER = struct.Struct("=4xId24x")  # of nvmlGpmMetric_t: return code, value
 _GPM_HEADER_BYTES = 24
+_PROCESS = struct.Struct("=I4xQI4x")  # of nvmlProcessInfo_t (v2 and v3): pid, memory, GPU instance
+_MEMORY_UNKNOWN = 0xFFFFFFFFFFFFFFFF
+_WIDE = nvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG
 _GPM_VERSION = 1
 
 
@@ -129,7 +134,8 @@ class FieldBatch:
         """(return code, value or None) per field, in order. Raises NVMLError when the whole call fails."""
         _call("nvmlDeviceGetFieldValues", handle, ctypes.c_int(self._length), self._values)
         return [
-            (code, decode(value_type, word) if code == nvml.NVML_SUCCESS else None)
+            # Counters are of this type; the others are few.
+            (code, word if value_type == _WIDE else decode(value_type, word)) if code == 0 else (code, None)
             for value_type, code, word in _FIELD_ANSWER.iter_unpack(self._store)
         ]
 
@@ -150,3 +156,33 @@ class GpmRequest:
         self._request.sample1, self._request.sample2 = first, second
         _call("nvmlGpmMetricsGet", ctypes.byref(self._request))
         return list(_GPM_ANSWER.iter_unpack(self._answers))
+
+
+class ProcessLister:
+    """Reads process lists; one buffer for all GPUs of a collector."""
+
+    def __init__(self) -> None:
+        self._count = ctypes.c_uint()
+        self._make_room(PROCESS_CAPACITY)
+
+    def read(self, name: str, handle: object) -> list[tuple[int, int | None, int]]:
+        """(pid, bytes of GPU memory or None where not told, GPU instance) per process, by the NVML call `name`."""
+        self._count.value = self._room
+        try:
+            _call(name, handle, ctypes.byref(self._count), self._processes)
+        except nvml.NVMLError as error:
+            if code_of(error) != nvml.NVML_ERROR_INSUFFICIENT_SIZE:
+                raise
+            self._make_room(2 * max(self._count.value, self._room))
+            self._count.value = self._room
+            _call(name, handle, ctypes.byref(self._count), self._processes)
+        found = memoryview(self._store)[: min(self._count.value, self._room) * _PROCESS.size]
+        return [
+            (pid, None if memory == _MEMORY_UNKNOWN else memory, instance)
+            for pid, memory, instance in _PROCESS.iter_unpack(found)
+        ]
+
+    def _make_room(self, room: int) -> None:
+        self._room = room
+        self._store = bytearray(room * ctypes.sizeof(nvml.c_nvmlProcessInfo_v3_t))
+        self._processes = (nvml.c_nvmlProcessInfo_v3_t * room).from_buffer(self._store)

@@ -16,27 +16,33 @@ import pynvml as nvml
 
 from optiinfra_pipelines.domain.gpus import RECOVERY_ACTIONS
 from resources.nvml_ask import UNSUPPORTED_CODES, Ledger, ask, ask_first
-from resources.nvml_buffers import FieldBatch, GpmRequest, RingCursor, RingReader
+from resources.nvml_buffers import FieldBatch, GpmRequest, ProcessLister, RingCursor, RingReader
 from resources.nvml_gpm import GpmAverages, MigInstance, add_averages, mig_profile
 from resources.nvml_links import NvLinks
-from resources.nvml_metrics import FAST_METRICS, SLOW_FIELDS, SLOW_METRICS, Field, Metric, fast_fields
+from resources.nvml_metrics import FAST_METRICS, GPM_METRICS, SLOW_FIELDS, SLOW_METRICS, Field, Metric, fast_fields
 from resources.nvml_processes import GpuProcess, ProcessReader
 
 Row = dict[str, Any]
 
+# Fields that become a threshold (see `_finish`) and are no columns themselves.
+_MARGINS = ("slowdown_margin_celsius", "shutdown_margin_celsius")
+
+
+class Buffers:
+    """What NVML writes its answers to: one of each for all GPUs, which are asked one after the other."""
+
+    def __init__(self) -> None:
+        self.ring, self.processes = RingReader(), ProcessLister()
+        self.gpm = GpmRequest([metric for metric, _, _ in GPM_METRICS])
+
 
 @dataclass(frozen=True)
 class Shared:
-    """What all GPUs of one collector use: the driver's version and the buffers."""
+    """What all GPUs of one collector share."""
 
     driver_version: str
-    ring: RingReader
-    gpm: GpmRequest
+    buffers: Buffers
     sysfs: Path
-
-    @property
-    def driver_numbers(self) -> tuple[int, ...]:
-        return tuple(int(part) for part in self.driver_version.split(".") if part.isdigit())
 
 
 @dataclass
@@ -45,6 +51,20 @@ class Reading:
 
     rows: list[Row]
     processes: list[GpuProcess] = field(default_factory=list)
+
+
+class FieldGroup:
+    """Fields that are asked for together."""
+
+    def __init__(self, wanted: tuple[Field, ...]) -> None:
+        self._wanted = wanted
+        self.fields: tuple[Field, ...] = ()
+        self.batch: FieldBatch | None = None
+
+    def fill(self, ledger: Ledger) -> None:
+        """Leave out what the chip does not tell."""
+        self.fields = tuple(each for each in self._wanted if each.key not in ledger.unsupported)
+        self.batch = FieldBatch([(each.field_id, 0) for each in self.fields])
 
 
 class GpuReader:
@@ -56,13 +76,15 @@ class GpuReader:
         self.facts: Row = {"gpu_uuid": uuid, "gpu_index": index, "driver_version": shared.driver_version}
         self._shared = shared
         self._slow: Row = {}
+        self._margins: Row = {}
         self._gpu_ring, self._memory_ring = RingCursor(), RingCursor()
         self._links = NvLinks(ledger)
-        self._processes = ProcessReader(ledger)
+        self._processes = ProcessReader(ledger, shared.buffers.processes)
         self._gpm: GpmAverages | None = None
         self._instances: list[MigInstance] = []
         self._is_mig: bool | None = None
-        self._batches: dict[tuple[Field, ...], tuple[tuple[Field, ...], FieldBatch]] = {}
+        driver = tuple(int(part) for part in shared.driver_version.split(".") if part.isdigit())
+        self._fast_fields, self._slow_fields = FieldGroup(fast_fields(driver)), FieldGroup(SLOW_FIELDS)
 
     @property
     def uuid(self) -> str:
@@ -77,13 +99,14 @@ class GpuReader:
             self._read_slow()
         row: Row = {**self.facts, "mig_instance": "", "health": "ok"}
         self._read_metrics(row, FAST_METRICS)
-        self._read_fields(row, fast_fields(self._shared.driver_numbers))
+        self._read_fields(row, self._fast_fields)
         self._read_utilization(row)
         row.update(self._read_memory(self.handle))
         self._links.read(self.handle, row)
         if self._gpm is not None:
-            add_averages(row, self._gpm.read(self._shared.gpm, self.ledger, now))
-        _finish(row, self._slow)
+            add_averages(row, self._gpm.read(self._shared.buffers.gpm, self.ledger, now))
+        row.update(self._slow)
+        _finish(row, self._margins)
         processes = self._processes.read(self.handle, row.get("memory_total_bytes"))
         row["process_count"] = None if processes is None else len({process.pid for process in processes})
         rows = [row, *(self._read_instance(instance, processes, now) for instance in self._instances)]
@@ -101,7 +124,7 @@ class GpuReader:
         self._read_identity()
         slow: Row = {}
         self._read_metrics(slow, SLOW_METRICS)
-        self._read_fields(slow, SLOW_FIELDS)
+        self._read_fields(slow, self._slow_fields)
         slow["nvlink_errors_total"] = self._links.discover(self.handle, int(slow.pop("nvlink_count", None) or 0))
         action = slow.pop("recovery_action", None)
         if action is not None:
@@ -109,6 +132,7 @@ class GpuReader:
         for flag in ("is_row_remap_pending", "is_row_remap_failed"):
             if slow.get(flag) is not None:
                 slow[flag] = bool(slow[flag])
+        self._margins = {key: slow.pop(key) for key in _MARGINS if key in slow}
         self._slow = slow
         self._processes.forget_names()
         self._read_partition()
@@ -126,8 +150,9 @@ class GpuReader:
         mode = ask(self.ledger, "mig", nvml.nvmlDeviceGetMigMode, self.handle)
         is_mig = bool(mode and mode[0] == nvml.NVML_DEVICE_MIG_ENABLE)
         if self._is_mig is not None and is_mig != self._is_mig:
-            self.ledger.unsupported.clear()
-            self._batches.clear()
+            self.ledger.forget()
+            self._fast_fields.fill(self.ledger)
+            self._slow_fields.fill(self.ledger)
         self._is_mig = is_mig
         if self._gpm is None:
             support = ask(self.ledger, "gpm", nvml.nvmlGpmQueryDeviceSupport, self.handle)
@@ -174,12 +199,14 @@ class GpuReader:
             else:
                 self.ledger.reject(metric.column)
 
-    def _read_fields(self, row: Row, wanted: tuple[Field, ...]) -> None:
+    def _read_fields(self, row: Row, group: FieldGroup) -> None:
         """Field values in one call; those the chip does not have are left out of the next one."""
-        fields, batch = self._batches.get(wanted) or self._batch(wanted)
-        answers = ask(self.ledger, "field_values", batch.read, self.handle) if fields else None
+        if group.batch is None:
+            group.fill(self.ledger)
+        batch = group.batch
+        answers = ask(self.ledger, "field_values", batch.read, self.handle) if batch and group.fields else None
         has_refused = False
-        for each, (code, value) in zip(fields, answers or (), strict=False):
+        for each, (code, value) in zip(group.fields, answers or (), strict=False):
             if code != nvml.NVML_SUCCESS:
                 # A driver that does not know an id may also call it an invalid argument.
                 is_unknown = code == nvml.NVML_ERROR_INVALID_ARGUMENT or code in UNSUPPORTED_CODES
@@ -193,12 +220,7 @@ class GpuReader:
             else:
                 self.ledger.reject(each.key)
         if has_refused:
-            self._batch(wanted)
-
-    def _batch(self, wanted: tuple[Field, ...]) -> tuple[tuple[Field, ...], FieldBatch]:
-        fields = tuple(each for each in wanted if each.key not in self.ledger.unsupported)
-        self._batches[wanted] = fields, FieldBatch([(each.field_id, 0) for each in fields])
-        return self._batches[wanted]
+            group.fill(self.ledger)
 
     def _read_utilization(self, row: Row) -> None:
         """Mean and peak of the ring since the last tick; one poll where the ring is dry or the chip has none."""
@@ -207,7 +229,9 @@ class GpuReader:
             ("memory_bandwidth_utilization_ratio", nvml.NVML_MEMORY_UTILIZATION_SAMPLES, self._memory_ring),
         )
         for column, kind, cursor in rings:
-            samples = ask(self.ledger, f"{column} ring", self._shared.ring.read, self.handle, kind, cursor.ask_from)
+            samples = ask(
+                self.ledger, f"{column} ring", self._shared.buffers.ring.read, self.handle, kind, cursor.ask_from
+            )
             fresh = cursor.take(samples or ())
             if not fresh:
                 continue
@@ -252,18 +276,17 @@ class GpuReader:
             **self._read_memory(instance.handle, "mig_memory"),
         }
         if self._gpm is not None:
-            add_averages(row, instance.gpm.read(self._shared.gpm, self.ledger, now))
+            add_averages(row, instance.gpm.read(self._shared.buffers.gpm, self.ledger, now))
         if processes is not None:
             row["process_count"] = sum(process.mig_instance == row["mig_instance"] for process in processes)
         return row
 
 
-def _finish(row: Row, slow: Row) -> None:
+def _finish(row: Row, margins: Row) -> None:
     """Columns made from several answers: absolute thresholds, throttled time."""
-    row.update({key: value for key, value in slow.items() if not key.endswith("_margin_celsius")})
     temperature, margin = row.get("temperature_celsius"), row.get("temperature_margin_celsius")
     for name in ("slowdown", "shutdown"):
-        limit = slow.get(f"{name}_margin_celsius")
+        limit = margins.get(f"{name}_margin_celsius")
         column = f"{name}_temperature_celsius"
         if row.get(column) is None and temperature is not None and margin is not None and limit is not None:
             # Ada and later speak in degrees left: the threshold lies where the margin has shrunk to `limit`.

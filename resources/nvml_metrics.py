@@ -13,7 +13,7 @@ from typing import Any
 import pynvml as nvml
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Metric:
     """One column from one call. The raw value times `scale` lies within [low, high], else it is garbage: NULL."""
 
@@ -104,7 +104,7 @@ KIB, MIB = 1024.0, 1024.0**2
 _NANOSECONDS = 1e-9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Field:
     """One field id. `key` is a column, or a name that `nvml_device` makes a column from."""
 

@@ -8,30 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psutil
 import pynvml as nvml
 
 from resources.nvml_ask import Ledger, ask_first, code_of
+from resources.nvml_buffers import ProcessLister
 
-# The last kind that lists a pid is the most telling: clients of MPS are in the compute list, too.
-_LISTS: tuple[tuple[str, str, tuple[Callable[..., list[Any]], ...]], ...] = (
-    (
-        "graphics",
-        "graphics_processes",
-        (nvml.nvmlDeviceGetGraphicsRunningProcesses_v3, nvml.nvmlDeviceGetGraphicsRunningProcesses_v2),
-    ),
-    (
-        "compute",
-        "compute_processes",
-        (nvml.nvmlDeviceGetComputeRunningProcesses_v3, nvml.nvmlDeviceGetComputeRunningProcesses_v2),
-    ),
-    (
-        "mps",
-        "mps_processes",
-        (nvml.nvmlDeviceGetMPSComputeRunningProcesses_v3, nvml.nvmlDeviceGetMPSComputeRunningProcesses_v2),
-    ),
+# (kind, metric, NVML calls from the newest on). The last kind that lists a pid is the most telling: clients of MPS are
+# in the compute list, too.
+_LISTS = tuple(
+    (kind, f"{kind}_processes", (f"nvmlDeviceGet{call}RunningProcesses_v3", f"nvmlDeviceGet{call}RunningProcesses_v2"))
+    for kind, call in (("graphics", "Graphics"), ("compute", "Compute"), ("mps", "MPSCompute"))
 )
 _NO_INSTANCE = 0xFFFFFFFF
 
@@ -59,7 +49,6 @@ def _patiently(call: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
                 raise
         return call(handle, since)
 
-    asked.__name__ = call.__name__
     return asked
 
 
@@ -72,8 +61,11 @@ _UTILIZATION = (
 class ProcessReader:
     """Reads the processes of one GPU, tick after tick."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, lister: ProcessLister) -> None:
         self._ledger = ledger
+        self._lists = [
+            (kind, metric, tuple(partial(lister.read, call) for call in calls)) for kind, metric, calls in _LISTS
+        ]
         self._newest_utilization_us = 0
         self._names: dict[int, str | None] = {}
 
@@ -97,21 +89,20 @@ class ProcessReader:
 
     def _listed(self, handle: object, memory_total_bytes: float | None) -> list[GpuProcess] | None:
         found: dict[tuple[int, str], GpuProcess] = {}
-        for kind, metric, calls in _LISTS:
-            entries: list[Any] | None = ask_first(self._ledger, metric, calls, handle, when_empty=[])
+        for kind, metric, calls in self._lists:
+            entries = ask_first(self._ledger, metric, calls, handle)
             if entries is None:
                 if metric in self._ledger.unsupported:
                     continue
                 return None
-            for entry in entries:
-                instance = "" if entry.gpuInstanceId == _NO_INSTANCE else str(entry.gpuInstanceId)
-                memory = entry.usedGpuMemory
+            for pid, memory, number in entries:
+                instance = "" if number == _NO_INSTANCE else str(number)
                 # Early 535 drivers laid these entries out differently for a while; such garbage is told by its values.
-                if entry.pid == 0 or (memory and memory_total_bytes and memory > memory_total_bytes):
+                if pid == 0 or (memory and memory_total_bytes and memory > memory_total_bytes):
                     self._ledger.reject(metric)
                     continue
                 used = None if memory is None else float(memory)
-                found[entry.pid, instance] = GpuProcess(entry.pid, kind, instance, used)
+                found[pid, instance] = GpuProcess(pid, kind, instance, used)
         return list(found.values())
 
     def _busy(self, handle: object) -> dict[int, float] | None:

@@ -162,14 +162,12 @@ static void answer_field(const device *dev, field_value *asked) {
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
         if (fields[i].field != asked->field) continue;
         const step *found = value_at(dev, fields[i].key, now);
-        const step *links = value_at(dev, "nvlink_count", now);
         if (!found) return;
-        if (is_per_link(asked->field) && (!links || asked->scope >= links->value)) {
-            asked->code = INVALID_ARGUMENT;
-            return;
+        if (is_per_link(asked->field)) {
+            const step *links = value_at(dev, "nvlink_count", now), *broken = value_at(dev, "nvlink_down", now);
+            if (!links || asked->scope >= links->value) asked->code = INVALID_ARGUMENT;
+            if (!links || asked->scope >= links->value || (broken && broken->value == asked->scope)) return;
         }
-        const step *broken = value_at(dev, "nvlink_down", now);
-        if (is_per_link(asked->field) && broken && broken->value == asked->scope) return;
         asked->code = SUCCESS;
         asked->type = TYPE_ULONG_LONG;
         switch (fields[i].kind) {

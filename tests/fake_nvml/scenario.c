@@ -29,10 +29,10 @@ static struct {
 } counted[MAX_COUNTED];
 static int counted_count;
 
-static uint32_t hash_of(const char *text) {
+static unsigned int bucket_of(const char *key) {
     uint32_t hash = 2166136261u;
-    for (; *text; text++) hash = (hash ^ (unsigned char)*text) * 16777619u;
-    return hash;
+    for (; *key; key++) hash = (hash ^ (unsigned char)*key) * 16777619u;
+    return (hash ^ hash >> 16) % BUCKETS;
 }
 
 uint64_t clock_us(void) {
@@ -86,8 +86,10 @@ static bool read_value(char *line, double from) {
     if (!find_device(word, &index) || index == EVERY_DEVICE) return false;
     device *dev = &script.devices[index];
     if (dev->step_count == MAX_STEPS) return false;
-    step *added = &dev->steps[dev->step_count++];
-    *added = (step){.key_hash = hash_of(key), .from = from, .value = strtod(line + used, NULL)};
+    int *bucket = &dev->buckets[bucket_of(key)];
+    step *added = &dev->steps[dev->step_count];
+    *added = (step){.next = *bucket - 1, .from = from, .value = strtod(line + used, NULL)};
+    *bucket = ++dev->step_count;
     memcpy(added->key, key, sizeof key);
     snprintf(added->text, sizeof added->text, "%s", line + used);
     return true;
@@ -164,22 +166,19 @@ bool scenario_load(void) {
 }
 
 const step *value_at(const device *dev, const char *key, double seconds) {
-    const step *found = NULL;
-    uint32_t hash = hash_of(key);
-    for (int i = 0; i < dev->step_count; i++) {
-        const step *each = &dev->steps[i];
-        if (each->key_hash == hash && !strcmp(each->key, key) && each->from <= seconds) found = each;
+    for (int i = dev->buckets[bucket_of(key)] - 1; i >= 0; i = dev->steps[i].next) {
+        if (dev->steps[i].from <= seconds && !strcmp(dev->steps[i].key, key)) return &dev->steps[i];
     }
-    return found;
+    return NULL;
 }
 
 double integral(const device *dev, const char *key, double seconds) {
     double total = 0, reached = 0;
     while (reached < seconds) {
         double next = seconds;
-        for (int i = 0; i < dev->step_count; i++) {
+        for (int i = dev->buckets[bucket_of(key)] - 1; i >= 0; i = dev->steps[i].next) {
             const step *each = &dev->steps[i];
-            if (!strcmp(each->key, key) && each->from > reached && each->from < next) next = each->from;
+            if (each->from > reached && each->from < next && !strcmp(each->key, key)) next = each->from;
         }
         const step *current = value_at(dev, key, reached);
         total += (current ? current->value : 0) * (next - reached);

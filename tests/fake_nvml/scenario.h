@@ -10,6 +10,7 @@
 
 #define MAX_DEVICES 64
 #define MAX_STEPS 160
+#define BUCKETS 256
 #define MAX_PROCESSES 64
 #define MAX_FAULTS 64
 #define MAX_XIDS 32
@@ -18,7 +19,7 @@
 
 /* One value of one key from a moment on. */
 typedef struct {
-    uint32_t key_hash;
+    int next; /* the following step of the same bucket, -1 at its end */
     char key[32];
     char text[96];
     double value;
@@ -32,6 +33,7 @@ typedef struct {
     int mig_instance;
     int step_count;
     step steps[MAX_STEPS];
+    int buckets[BUCKETS]; /* by hash of the key: a step's index plus one, 0 when empty; the newest step first */
 } device;
 
 typedef struct {
