@@ -96,10 +96,16 @@ def test_churn_of_labels_does_not_grow_the_memory(max_layouts: int, max_bytes: i
 
 @pytest.mark.parametrize(
     "line",
-    ["m_{0}_{1} 1", 'm{{a="{0}",b="{0}",c="{0}",d="{0}",e="{1}"}} 1', 'm{{a="日本語日本語{0}{1}"}} 1', "# {0} {1}\n"],
+    [
+        "m_{0}_{1} 1",
+        'm{{a="{0}",b="{0}",c="{0}",d="{0}",e="{1}"}} 1',
+        'm{{a="日本語日本語{0}{1}"}} 1',
+        "# {0} {1}\n",
+        "# TYPE m_{0}_{1} gauge",
+    ],
 )
 def test_the_estimate_of_memory_holds_for_any_kind_of_page(line: str) -> None:
-    """Many names, many labels, wide characters, only comments: what is really held is at most a fifth above it."""
+    """Many names, labels, types or comments, wide characters: what is really held is at most a fifth above it."""
     reader = Reader()
     reader.read("m 1\n")
     gc.collect()
