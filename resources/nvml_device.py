@@ -294,8 +294,10 @@ def _finish(row: Row, margins: Row) -> None:
     software = row.pop("software_thermal_seconds", None)
     hardware = row.pop("hardware_thermal_seconds", None)
     brake = row.pop("power_brake_seconds", None)
-    if software is not None and hardware is not None:
-        row["thermal_throttle_seconds_total"] = software + hardware
+    policy = row.pop("thermal_policy_seconds", None)
+    # The two reasons of nvml.h 13 where both are counted, else the older policy counter of all heat.
+    both = None if software is None or hardware is None else software + hardware
+    row["thermal_throttle_seconds_total"] = policy if both is None else both
     if hardware is not None and brake is not None:
         row["hardware_slowdown_seconds_total"] = hardware + brake
 

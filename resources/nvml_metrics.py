@@ -119,7 +119,7 @@ class Field:
 def fast_fields(driver: tuple[int, ...]) -> tuple[Field, ...]:
     """The fields of every tick. Ids are written out: the bindings' names moved from 251-253 to 269-271 with 580.82.
 
-    driver: version as numbers, such as (590, 48, 1). Before 575 the last three had no id: NULL, and heat is field 75.
+    driver: version as numbers, such as (590, 48, 1). Before 575 the last three had no id; heat is field 75 there.
     """
     if driver >= (580, 82):
         software, hardware, brake = 269, 270, 271
@@ -129,12 +129,13 @@ def fast_fields(driver: tuple[int, ...]) -> tuple[Field, ...]:
         software = hardware = brake = 0
     known = (
         Field("power_throttle_seconds_total", 74, _NANOSECONDS),
+        Field("thermal_policy_seconds", 75, _NANOSECONDS),
         Field("memory_temperature_celsius", 82, low=_COLD, high=_BURNT, is_zero_none=True),  # 0 on T4, A10, L40S
         Field("pcie_tx_bytes_total", 197),
         Field("pcie_rx_bytes_total", 198),
     )
     if not software:
-        return (*known, Field("thermal_throttle_seconds_total", 75, _NANOSECONDS))
+        return known
     return (
         *known,
         Field("software_thermal_seconds", software, _NANOSECONDS),

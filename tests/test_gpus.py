@@ -331,3 +331,12 @@ def test_throttle_ids_follow_the_driver(driver: Driver) -> None:
     assert told["580.82.07"] == pytest.approx((0.5, 0.8))
     assert told["580.65.06"] == pytest.approx((6.0, 3.0))
     assert told["535.183.01"] == (pytest.approx(7.0), None)
+
+
+def test_heat_is_the_older_counter_where_the_newer_ones_are_missing(driver: Driver) -> None:
+    """A chip that counts all heat as one still tells how long it was held down by it."""
+    card = gpu(0, H100, throttle_sw_thermal=None, throttle_hw_thermal=None, throttle_thermal=0.25)
+    row = driver.run(card, 0, 10).ticks[1].gpu()
+
+    assert row["thermal_throttle_seconds_total"] == pytest.approx(2.5)
+    assert row["hardware_slowdown_seconds_total"] is None

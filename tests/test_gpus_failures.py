@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.fake_nvml.harness import GIB, H100, L4, Driver, build, gpu
+from tests.fake_nvml.harness import GIB, H100, L4, ROOT, Driver, build, gpu
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc compiles the fake NVIDIA driver")
 
@@ -243,6 +246,40 @@ def test_no_driver_is_calm(tmp_path: Path) -> None:
     assert len(run.logged) == 1
     assert "libnvidia-ml.so.1" in run.described[0]
     assert all(tick.samples == [] and tick.processes == [] for tick in run.ticks)
+
+
+def test_a_forked_child_opens_the_driver_for_itself(tmp_path: Path) -> None:
+    """NVML is not to be used across a fork: the child begins anew, and its parent's handles stay as they were."""
+    (tmp_path / "scenario").write_text(gpu(0, H100), encoding="ascii")
+    program = """
+import os, sys
+from datetime import UTC, datetime
+import pynvml
+from resources.gpus import GpuCollector
+
+def opened():
+    return pynvml.nvmlLib.fake_nvml_calls(b"nvmlInitWithFlags")
+
+collector = GpuCollector("here")
+collector.collect(datetime.now(UTC))
+before = opened()
+child = os.fork()
+frames = collector.collect(datetime.now(UTC))
+ok = frames["raw_gpu_samples"]["health"].to_list() == ["ok"] and opened() == before + (child == 0)
+if child == 0:
+    os._exit(0 if ok else 1)
+_, status = os.waitpid(child, 0)
+sys.exit(0 if ok and status == 0 else 1)
+"""
+    environment = {
+        **os.environ,
+        "FAKE_NVML_SCENARIO": str(tmp_path / "scenario"),
+        "LD_LIBRARY_PATH": str(build(tmp_path)),
+        "PYTHONPATH": str(ROOT),
+        # polars' threads do not survive a fork; one thread has none to lose
+        "POLARS_MAX_THREADS": "1",
+    }
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=60)
 
 
 def test_an_old_driver_answers_through_its_older_calls(old_driver: Driver) -> None:

@@ -207,12 +207,13 @@ def test_older_calls_answer_where_newer_ones_are_missing() -> None:
         ((580, 82, 7), {269, 270, 271}),
         ((580, 65, 6), {251, 252, 253}),
         ((575, 51), {251, 252, 253}),
-        ((570, 86), {75}),
-        ((), {75}),
+        ((570, 86), set()),
+        ((), set()),
     ],
 )
 def test_ids_of_throttled_time_follow_the_driver(driver: tuple[int, ...], ids: set[int]) -> None:
     """An id that moved is asked for where this driver has it; a version that cannot be read is an old one."""
     asked = {each.field_id for each in fast_fields(driver)}
 
-    assert asked & {75, 251, 252, 253, 269, 270, 271} == ids
+    assert {74, 75} <= asked
+    assert asked & {251, 252, 253, 269, 270, 271} == ids
