@@ -7,11 +7,20 @@ steps as (
 
 ),
 
-samples as (
+samples as not materialized (
 
     select *
     from stg_kv_tier_samples
     where scraped_at >= getvariable('window_start') - interval 1 hour and scraped_at < getvariable('window_end')
+
+),
+
+before as (
+
+    select samples.*
+    from steps
+    inner join samples
+        on samples.target = steps.target and samples.scraped_at = steps.previous_at
 
 ),
 
@@ -38,7 +47,7 @@ grown as (
     inner join samples as now_is
         on now_is.target = steps.target and now_is.scraped_at = steps.scraped_at
 
-    left join samples as before
+    left join before
         on
             before.target = steps.target
             and before.scraped_at = steps.previous_at

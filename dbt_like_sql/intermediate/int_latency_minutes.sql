@@ -7,11 +7,21 @@ steps as (
 
 ),
 
-histograms as (
+histograms as not materialized (
 
+    -- An hour of lists: read by inner joins only, which skip what they do not need.
     select *
     from stg_engine_histograms
     where scraped_at >= getvariable('window_start') - interval 1 hour and scraped_at < getvariable('window_end')
+
+),
+
+before as (
+
+    select histograms.*
+    from steps
+    inner join histograms
+        on histograms.target = steps.target and histograms.scraped_at = steps.previous_at
 
 ),
 
@@ -38,7 +48,7 @@ scraped as (
     inner join histograms as now_is
         on now_is.target = steps.target and now_is.scraped_at = steps.scraped_at
 
-    left join histograms as before
+    left join before
         on
             before.target = steps.target
             and before.scraped_at = steps.previous_at
@@ -78,12 +88,36 @@ stretches as (
         arg_max(is_proxy, scraped_at) as is_proxy,
         count(*) as sample_count,
         sum(gap_seconds) as observed_seconds,
-        max(gap_seconds) as gap_seconds,
-        bool_or(previous_at is not null or is_reset) as is_known
+        max(gap_seconds) as gap_seconds
 
     from lives
 
     group by target, engine_rank, metric, bounds_id, minute_at, life
+
+    -- A first sight alone has counted nothing that is known.
+    having bool_or(previous_at is not null or is_reset)
+
+),
+
+started as (
+
+    select
+        stretches.target,
+        stretches.engine_rank,
+        stretches.metric,
+        stretches.from_at,
+        histograms.count_value,
+        histograms.sum_value,
+        histograms.bucket_counts
+
+    from stretches
+
+    inner join histograms
+        on
+            histograms.target = stretches.target
+            and histograms.scraped_at = stretches.from_at
+            and histograms.engine_rank = stretches.engine_rank
+            and histograms.metric = stretches.metric
 
 ),
 
@@ -110,10 +144,10 @@ counted as (
             and last_is.engine_rank = stretches.engine_rank
             and last_is.metric = stretches.metric
 
-    left join histograms as from_is
+    left join started as from_is
         on
             from_is.target = stretches.target
-            and from_is.scraped_at = stretches.from_at
+            and from_is.from_at = stretches.from_at
             and from_is.engine_rank = stretches.engine_rank
             and from_is.metric = stretches.metric
 
@@ -127,8 +161,6 @@ judged as (
         count_increment < 0 or coalesce(list_min(bucket_growth) < 0, false) as is_outrun
 
     from counted
-
-    where is_known
 
 ),
 

@@ -187,9 +187,13 @@ create or replace macro histogram_fraction(low, high, upper_bounds, cumulative) 
         end
     )[1];
 
--- Element-wise sum of lists of one length: histogram_merge(list(bucket_increments)), grouped by bounds_id.
+-- Element-wise sum of lists of one length: histogram_merge(list(bucket_increments)), grouped by bounds_id. NULL lists
+-- are left out; NULL when nothing remains.
 create or replace macro histogram_merge(lists) as
-    list_reduce(
-        list_filter(lists, lambda x_: x_ is not null),
-        lambda t_, x_: list_transform(list_zip(t_, x_), lambda p_: p_[1] + p_[2])
-    );
+    list_transform(
+        [list_filter(lists, lambda x_: x_ is not null)],
+        lambda ls_: case when len(ls_) > 0 then list_reduce(
+            ls_,
+            lambda t_, x_: list_transform(list_zip(t_, x_), lambda p_: p_[1] + p_[2])
+        ) end
+    )[1];

@@ -1,8 +1,8 @@
 """Prometheus' published results for rate, increase, delta, histogram_quantile and histogram_fraction, as numbers.
 
 Facts taken from promql/promqltest/testdata (functions, histograms, name_label_dropping, operators, selectors,
-subquery, type_and_unit) of prometheus/prometheus at d15adb9. Left out, because the macros have no such thing: native histograms, `@`,
-offset, subqueries, smoothed and anchored ranges, start timestamps, and failures by label sets.
+subquery, type_and_unit) of prometheus/prometheus at d15adb9. Left out, because the macros have no such thing: native
+histograms, `@`, offset, subqueries, smoothed and anchored ranges, start timestamps, and failures by label sets.
 
 A series is its values at a fixed spacing from time 0; None is a scrape without the series. A range query is answered
 at a moment over the `range` seconds before it.

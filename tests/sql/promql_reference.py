@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 Samples = Sequence[tuple[float, float]]
 
@@ -19,7 +20,7 @@ def extrapolated(samples: Samples, start: float, end: float, *, is_counter: bool
         return None
     growth = seen[-1][1] - seen[0][1]
     if is_counter:
-        growth += sum(before for (_, before), (_, now) in zip(seen, seen[1:], strict=False) if now < before)
+        growth += sum(before for (_, before), (_, now) in pairwise(seen) if now < before)
     sampled = seen[-1][0] - seen[0][0]
     if sampled == 0:
         return growth
