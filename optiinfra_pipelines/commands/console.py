@@ -10,7 +10,11 @@ import polars as pl
 from rich.console import Console
 from rich.table import Table
 
+# Into a file or a pipe there is no width to fit: tables stay whole.
+WIDTH_WITHOUT_TERMINAL = 160
 console = Console(highlight=False, soft_wrap=True)
+if not console.is_terminal:
+    console.width = WIDTH_WITHOUT_TERMINAL
 
 
 def print_table(frame: pl.DataFrame, *, title: str | None = None, empty: str = "no rows") -> None:
