@@ -62,7 +62,7 @@ def work(root: Path, name: str, seed: int) -> None:
         if rng.random() < 0.3:
             say(f"moving at {tick}")
             warehouse.move_closed_hours(now)
-        if rng.random() < 0.1:
+        if rng.random() < 0.25:
             say(f"publishing at {tick}")
             warehouse.publish()
         if rng.random() < 0.05:

@@ -23,7 +23,7 @@ from typing import ClassVar
 import duckdb
 
 from resources.warehouse.errors import WarehouseFileError, WarehouseLockedError
-from resources.warehouse.files import Layout, temporary_beside
+from resources.warehouse.files import SPILL_FOLDER, Layout, temporary_beside
 
 # Read by DuckDB 1.5.5 and everything newer; 2.0's own default is not readable by 1.5.5.
 STORAGE_VERSION = "v1.5.0"
@@ -66,7 +66,7 @@ class Database:
         self._config: dict[str, str | bool | int | float | list[str]] = {
             "threads": _THREADS,
             "memory_limit": f"{memory_limit_bytes}B",
-            "temp_directory": str(layout.root / "duckdb_temp"),
+            "temp_directory": str(layout.root / SPILL_FOLDER),
             "autoinstall_known_extensions": False,
         }
         self._turn = threading.Condition()

@@ -21,6 +21,8 @@ import psutil
 from resources.warehouse.errors import DiskNearlyFullError, WarehouseFileError, WarehouseLockedError
 
 _TEMPORARY = ".tmp"
+# Where DuckDB spills what does not fit in memory.
+SPILL_FOLDER = "duckdb_temp"
 # How often a waiter asks again for the maintenance lock; a holder keeps it for tens of milliseconds to seconds.
 _POLL_SECONDS = 0.02
 
@@ -139,13 +141,23 @@ def commit_file(temporary: Path, final: Path) -> None:
 
 
 def stale_temporaries(root: Path) -> list[Path]:
-    """Temporaries whose writer is gone: no such process, or one that started after the file was last written."""
-    return [path for path in root.rglob(f"*{_TEMPORARY}") if path.is_file() and not _has_writer(path)]
+    """Temporaries whose writer is gone: no such process, or one that started after the file was last written.
+
+    Call it with a session up: then no other process has the database open, and what DuckDB spilled to disk before this
+    process began is nobody's.
+    """
+    ours = [path for path in root.rglob(f"*.*.*{_TEMPORARY}") if path.is_file() and not _has_writer(path)]
+    began = psutil.Process().create_time()
+    spilled = [path for path in (root / SPILL_FOLDER).glob("*") if path.is_file() and path.stat().st_mtime < began]
+    return ours + spilled
 
 
 def _has_writer(path: Path) -> bool:
     try:
         pid = int(path.name.split(".")[-3])
+    except ValueError:
+        return True  # not a name of `temporary_beside`
+    try:
         return psutil.Process(pid).create_time() <= path.stat().st_mtime
-    except (ValueError, IndexError, OSError, psutil.Error):
+    except (OSError, psutil.Error):
         return False

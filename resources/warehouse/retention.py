@@ -112,11 +112,11 @@ class Keeper:
 
     def sweep(self, now: datetime) -> Swept:
         """Delete leftovers of killed processes, take in files of an earlier database, unlist files that are gone."""
-        deleted = stale_temporaries(self.layout.root)
-        for path in deleted:
-            path.unlink(missing_ok=True)
         adopted: list[Path] = []
         with self.database.session(self.deadline_seconds) as connection:
+            deleted = stale_temporaries(self.layout.root)
+            for path in deleted:
+                path.unlink(missing_ok=True)
             own = f"{database_id(connection)}-"
             rows = connection.execute("select path from store.cold_files").fetchall()
             listed = {self.layout.root / path for (path,) in rows}

@@ -40,8 +40,7 @@ MIN_FREE_BYTES = 2**30
 MAX_SPOOL_BYTES = 4 * 2**30
 # A model refresh may have to wait for a move or a publication, which take seconds.
 CONNECT_DEADLINE_SECONDS = 60.0
-# Late rows of an hour are those of a slow scrape or a spooled batch; a minute covers the first, and a second file
-# takes the others.
+# An hour's last rows come with a slow scrape or wait in the spool for a refresh to end; later ones get a second file.
 SETTLE = timedelta(minutes=5)
 # Waiting batches go in together up to this size: one commit for many.
 _DRAIN_BYTES = 64 * 2**20
