@@ -142,6 +142,12 @@ def test_a_wrong_frame_is_named_before_anything_is_written(
     assert warehouse.append("1", bounds(7)).status == "stored"
 
 
+def test_a_batch_without_rows_costs_nothing(warehouse: Warehouse) -> None:
+    """A tick that found nothing opens no file and waits for nobody."""
+    assert warehouse.append("1", {"raw_scrapes": raw_tables()["raw_scrapes"].empty()}).rows == 0
+    assert not warehouse.root.exists()
+
+
 def test_a_column_left_out_or_untyped_is_null(warehouse: Warehouse) -> None:
     """An engine that exposes little gives a frame with little in it."""
     frame = scrapes("a")["raw_scrapes"].select("scraped_at", "target", engine=pl.lit(None))

@@ -90,32 +90,23 @@ def test_a_late_row_of_a_moved_hour_is_seen_and_moves_later(warehouse: Warehouse
     assert warehouse.move_closed_hours(START + 2 * HOUR) == []
 
 
-def test_rows_that_arrive_during_the_export_are_not_deleted_with_it(
-    warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_that_arrive_during_the_export_are_not_deleted_with_it(warehouse: Warehouse) -> None:
     """The switch happens only over exactly the rows that were exported; otherwise the slice is exported again."""
     fill(warehouse, 1)
-    prepare, late = shutil.disk_usage, iter(["late"])
+    asked: list[Path] = []
 
-    def append_once(path: Path) -> int:
-        for name in late:
-            warehouse.append(name, scrapes(START, name))
-        return prepare(path).free
+    def free_after_an_append(path: Path) -> int:
+        # The move asks for free space when it begins, and again between reading rows and writing them.
+        asked.append(path)
+        if len(asked) == 2:
+            warehouse.append("late", scrapes(START, "late"))
+        return 2**40
 
-    # The free space is asked for between reading a slice and writing it: the outermost edge of that moment.
-    disturbed = Warehouse(warehouse.root, clock=lambda: START, min_free_bytes=0, disk_free=append_once)
-    with warehouse.connect():
-        pass
-    asked = iter([False, True])
-    monkeypatch.setattr(
-        disturbed,
-        "_layout",
-        type(disturbed._layout)(warehouse.root, 0, lambda path: append_once(path) if next(asked, False) else 2**40),
-    )
-    moved = disturbed.move_closed_hours(START + 2 * HOUR)
+    moving = Warehouse(warehouse.root, clock=lambda: START, disk_free=free_after_an_append)
 
-    assert [one.rows for one in moved] == [2]
+    assert [one.rows for one in moving.move_closed_hours(START + 2 * HOUR)] == [2]
     assert targets(warehouse) == ["000", "late"]
+    assert len(asked) == 3
     assert len(cold_files(warehouse)) == 1
 
 
@@ -235,7 +226,8 @@ def test_model_tables_live_as_long_as_their_layer(warehouse: Warehouse) -> None:
     now = START + timedelta(days=800)
     with warehouse.connect() as connection:
         for name in ("minutes", "hours", "others"):
-            connection.execute(f"create table {name} as select ?::timestamptz - interval 1 day * d as at, d from range(900) t(d)", [now])  # fmt: skip  # noqa: E501
+            days = f"create table {name} as select ?::timestamptz - interval 1 day * d as at from range(900) t(d)"
+            connection.execute(days, [now])
     warehouse.register("minutes", time_column="at", layer="minute")
     warehouse.register("hours", time_column="at", layer="hour")
 

@@ -111,6 +111,8 @@ class Warehouse:
         Raises BatchError, DiskNearlyFullError, SpoolFullError, WarehouseFileError: then nothing was acknowledged.
         """
         batch = checked_batch(batch_id, tables)
+        if not batch.frames:
+            return AppendResult("stored", 0, 0.0)
         begun = time.monotonic()
         self._layout.prepare()
         self._layout.require_space(0, "storing a batch")
