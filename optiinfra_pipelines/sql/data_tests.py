@@ -65,7 +65,8 @@ def failing_rows_sql(model: Model, test: DataTest, window: Window) -> str:
             return f"select * from {rows} where not ({test.expression})"
         case "freshness":
             limit = f"{_moment(window, 'end')} - to_seconds({(test.within_minutes or 0) * 60})"
-            return f"select * from (select max({column}) as newest_at from {rows}) where coalesce(newest_at < {limit}, true)"
+            newest = f"select max({column}) as newest_at from {rows}"
+            return f"select * from ({newest}) where coalesce(newest_at < {limit}, true)"
 
 
 def _moment(window: Window, edge: str) -> str:

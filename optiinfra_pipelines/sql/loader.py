@@ -105,7 +105,7 @@ def _read_layer(con: duckdb.DuckDBPyConnection, root: Traversable, layer: Layer)
     home = root / layer.value
     yaml_path = f"dbt_like_sql/{layer.value}/{layer.value}.yml"
     yaml_file = home / f"{layer.value}.yml"
-    described = yaml.load(yaml_file.read_text(encoding="utf-8"), Loader=_YAML) if yaml_file.is_file() else {}
+    described = _yaml(yaml_path, yaml_file.read_text(encoding="utf-8")) if yaml_file.is_file() else {}
     written = {
         entry.name.removesuffix(".sql"): entry.read_text(encoding="utf-8")
         for entry in sorted(home.iterdir(), key=lambda entry: entry.name)
@@ -130,6 +130,16 @@ def _read_layer(con: duckdb.DuckDBPyConnection, root: Traversable, layer: Layer)
             spec=spec,
             depends_on=_reads(con, path, written[name]),
         )
+
+
+def _yaml(yaml_path: str, text: str) -> dict[str, object]:
+    try:
+        content = yaml.load(text, Loader=_YAML)
+    except yaml.YAMLError as error:
+        raise ModelError(f"{yaml_path} is not YAML: {error}") from None
+    if content is not None and not isinstance(content, dict):
+        raise ModelError(f"{yaml_path} is not a mapping of models; give each model's name its entry")
+    return content or {}
 
 
 def _spec(yaml_path: str, name: str, entry: object) -> ModelSpec:
@@ -197,6 +207,7 @@ def _bind(con: duckdb.DuckDBPyConnection, ordered: list[Draft]) -> Models:
             raise ModelError(f"{draft.path} does not run: {error}") from None
         columns = _columns(draft, types, described)
         con.execute(create_table_sql(draft.name, columns))
+        _check_tests(con, draft, types, described)
         described[draft.name] = {c.name: ColumnSpec(description=c.description, unit=c.unit) for c in columns}
         times |= {draft.name: draft.spec.time} if draft.spec.time else {}
         models.append(_model(draft, columns, times))
@@ -237,6 +248,30 @@ def _columns(
         ModelColumn(name=name, sql_type=sql_type, unit=known[name].unit, description=known[name].description)
         for name, sql_type in types.items()
     )
+
+
+def _check_tests(
+    con: duckdb.DuckDBPyConnection,
+    draft: Draft,
+    types: Mapping[str, str],
+    described: Mapping[str, Mapping[str, ColumnSpec]],
+) -> None:
+    """Refuse tests of columns, relations or expressions that are not there; a typo would otherwise never fail."""
+    for test in draft.spec.tests:
+        place = f"{draft.yaml_path}: a {test.kind} test of {draft.name}"
+        for name in (*test.columns, *([test.column] if test.column else [])):
+            if name not in types:
+                raise ModelError(f"{place} looks at {name}, which it does not return; correct the name")
+        if test.to and (test.to not in described or test.field not in described[test.to]):
+            raise ModelError(
+                f"{place} refers to {test.to}.{test.field}, which does not exist or comes after it; "
+                "correct the name, or test it from the other side"
+            )
+        if test.expression:
+            try:
+                con.execute(f'describe select not ({test.expression}) from "{draft.name}"')
+            except duckdb.Error as error:
+                raise ModelError(f"{place} does not run: {error}") from None
 
 
 def _model(draft: Draft, columns: tuple[ModelColumn, ...], times: Mapping[str, str]) -> Model:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 MINUTE = 60
 NAN = float("nan")
 INF = float("inf")
+Histogram = tuple[list[float], list[float]]  # bounds, cumulative counts
 
 
 def ramp(start: float, step: float, more: int) -> list[float]:
@@ -106,11 +107,11 @@ RANGES = [
     ),
 ]
 
-POSITIVE = ([0.1, 0.2, 1, INF], [50, 70, 110, 120])
-NEGATIVE = ([-0.2, -0.1, 0.3, INF], [10, 20, 20, 30])
-SECOND = ([0, 2, 4, 6, INF], [0, 1, 2, 3, 3])
-THIRD_POSITIVE = ([0, 0.1, 0.2, 1, INF], [0, 50, 70, 110, 110])
-THIRD_NEGATIVE = ([-0.25, -0.2, -0.1, 0.3, INF], [0, 10, 20, 20, 20])
+POSITIVE: Histogram = ([0.1, 0.2, 1, INF], [50, 70, 110, 120])
+NEGATIVE: Histogram = ([-0.2, -0.1, 0.3, INF], [10, 20, 20, 30])
+SECOND: Histogram = ([0, 2, 4, 6, INF], [0, 1, 2, 3, 3])
+THIRD_POSITIVE: Histogram = ([0, 0.1, 0.2, 1, INF], [0, 50, 70, 110, 110])
+THIRD_NEGATIVE: Histogram = ([-0.25, -0.2, -0.1, 0.3, INF], [0, 10, 20, 20, 20])
 # Requests by job and instance: bounds 0.1, 0.2 and +Inf, growth per 5 min.
 REQUESTS = {
     ("job1", "ins1"): [1, 3, 4],
@@ -126,40 +127,39 @@ def added_up(*keys: tuple[str, str]) -> list[float]:
 
 
 _ALL = list(REQUESTS)
-NON_MONOTONE = ([0.1, 1, 10, 100, 1000, INF], [20, 10, 50, 40, 90, 80])
-MIXED = ([0.1, 0.2, 0.2, 0.2, INF], [10, 10, 10, 10, 40])
+NON_MONOTONE: Histogram = ([0.1, 1, 10, 100, 1000, INF], [20, 10, 50, 40, 90, 80])
+MIXED: Histogram = ([0.1, 0.2, 0.2, 0.2, INF], [10, 10, 10, 10, 40])
 
+_QUANTILE_ANSWERS: list[tuple[str, Histogram, dict[float, float]]] = [
+    ("third positive", THIRD_POSITIVE, {0: 0, 0.25: 0.055, 0.5: 0.125, 0.75: 0.45, 1: 1}),
+    ("third negative", THIRD_NEGATIVE, {0: -0.25, 0.25: -0.225, 0.5: -0.2, 0.75: -0.15, 1: -0.1}),
+    ("positive", POSITIVE, {-0.1: -INF, 1.01: INF, NAN: NAN, 0: 0, 1: 1, 0.2: 0.048, 0.5: 0.15, 0.8: 0.72}),
+    ("negative", NEGATIVE, {-0.1: -INF, 1.01: INF, NAN: NAN, 0: -0.2, 1: 0.3, 0.2: -0.2, 0.5: -0.15, 0.8: 0.3}),
+    ("second", SECOND, {1 / 6: 1, 0.5: 3, 5 / 6: 5}),
+    ("all requests", (_EDGES, added_up(*_ALL)), {0.3: 0.075, 0.5: 0.1277777777777778}),
+    ("instance 1", (_EDGES, added_up(_ALL[0], _ALL[2])), {0.3: 0.075, 0.5: 0.13333333333333333}),
+    ("instance 2", (_EDGES, added_up(_ALL[1], _ALL[3])), {0.3: 0.075, 0.5: 0.125}),
+    ("job 1", (_EDGES, added_up(_ALL[0], _ALL[1])), {0.3: 0.1, 0.5: 0.14}),
+    ("job 2", (_EDGES, added_up(_ALL[2], _ALL[3])), {0.3: 0.0642857142857143, 0.5: 0.1125}),
+    ("job 1 instance 1", (_EDGES, added_up(_ALL[0])), {0.3: 0.11, 0.5: 0.15}),
+    ("job 1 instance 2", (_EDGES, added_up(_ALL[1])), {0.3: 0.09, 0.5: 0.13333333333333333}),
+    ("job 2 instance 1", (_EDGES, added_up(_ALL[2])), {0.3: 0.06, 0.5: 0.1}),
+    ("job 2 instance 2", (_EDGES, added_up(_ALL[3])), {0.3: 0.0675, 0.5: 0.11666666666666667}),
+    ("not monotone", NON_MONOTONE, {0.01: 0.0045, 0.5: 8.5, 0.99: 979.75}),
+    ("equal bounds", MIXED, {0.5: 0.15, 0.75: 0.2, 1: 0.2}),
+    ("equal bounds, two of +Inf, nothing counted", ([INF, INF], [0, 0]), {0.5: NAN, 0.75: NAN, 1: NAN}),
+    ("nothing counted", (_EDGES, [0, 0, 0]), {0.2: NAN}),
+    ("constant buckets have no rate", ([0, 1, 2, INF], [0, 0, 0, 0]), {1: NAN}),
+]
 QUANTILES = [
     QuantileCase(f"{name} {q}", q, bounds, counts, expected)
-    for name, (bounds, counts), answers in [
-        ("third positive", THIRD_POSITIVE, {0: 0, 0.25: 0.055, 0.5: 0.125, 0.75: 0.45, 1: 1}),
-        ("third negative", THIRD_NEGATIVE, {0: -0.25, 0.25: -0.225, 0.5: -0.2, 0.75: -0.15, 1: -0.1}),
-        ("positive", POSITIVE, {-0.1: -INF, 1.01: INF, NAN: NAN, 0: 0, 1: 1, 0.2: 0.048, 0.5: 0.15, 0.8: 0.72}),
-        ("negative", NEGATIVE, {-0.1: -INF, 1.01: INF, NAN: NAN, 0: -0.2, 1: 0.3, 0.2: -0.2, 0.5: -0.15, 0.8: 0.3}),
-        ("second", SECOND, {1 / 6: 1, 0.5: 3, 5 / 6: 5}),
-        ("all requests", (_EDGES, added_up(*_ALL)), {0.3: 0.075, 0.5: 0.1277777777777778}),
-        ("instance 1", (_EDGES, added_up(_ALL[0], _ALL[2])), {0.3: 0.075, 0.5: 0.13333333333333333}),
-        ("instance 2", (_EDGES, added_up(_ALL[1], _ALL[3])), {0.3: 0.075, 0.5: 0.125}),
-        ("job 1", (_EDGES, added_up(_ALL[0], _ALL[1])), {0.3: 0.1, 0.5: 0.14}),
-        ("job 2", (_EDGES, added_up(_ALL[2], _ALL[3])), {0.3: 0.0642857142857143, 0.5: 0.1125}),
-        ("job 1 instance 1", (_EDGES, added_up(_ALL[0])), {0.3: 0.11, 0.5: 0.15}),
-        ("job 1 instance 2", (_EDGES, added_up(_ALL[1])), {0.3: 0.09, 0.5: 0.13333333333333333}),
-        ("job 2 instance 1", (_EDGES, added_up(_ALL[2])), {0.3: 0.06, 0.5: 0.1}),
-        ("job 2 instance 2", (_EDGES, added_up(_ALL[3])), {0.3: 0.0675, 0.5: 0.11666666666666667}),
-        ("not monotone", NON_MONOTONE, {0.01: 0.0045, 0.5: 8.5, 0.99: 979.75}),
-        ("equal bounds", MIXED, {0.5: 0.15, 0.75: 0.2, 1: 0.2}),
-        ("equal bounds, two of +Inf, nothing counted", ([INF, INF], [0, 0]), {0.5: NAN, 0.75: NAN, 1: NAN}),
-        ("nothing counted", (_EDGES, [0, 0, 0]), {0.2: NAN}),
-        ("constant buckets have no rate", ([0, 1, 2, INF], [0, 0, 0, 0]), {1: NAN}),
-    ]
+    for name, (bounds, counts), answers in _QUANTILE_ANSWERS
     for q, expected in answers.items()
 ]
 
-FIRST = ([1, 2, 3, INF], [1, 3, 6, 100])
-BELOW_ZERO = ([-3, -2, -1, INF], [10, 12, 15, 100])
-FRACTIONS = [
-    FractionCase(f"{name} {low} to {high}", low, high, bounds, counts, expected)
-    for name, (bounds, counts), answers in [
+FIRST: Histogram = ([1, 2, 3, INF], [1, 3, 6, 100])
+BELOW_ZERO: Histogram = ([-3, -2, -1, INF], [10, 12, 15, 100])
+_FRACTION_ANSWERS: list[tuple[str, Histogram, dict[tuple[float, float], float]]] = [
         ("second", SECOND, {(0, 4): 2 / 3, (0, 6): 1, (0, 3.5): 0.5833333333333334}),
         ("third positive", THIRD_POSITIVE, {(0, 0.2): 0.6363636363636364}),
         ("third negative", THIRD_NEGATIVE, {(0, 0.2): 0}),
@@ -178,6 +178,9 @@ FRACTIONS = [
         ("across zero", ([-2, -1, 0, 1, INF], [5, 10, 15, 20, 100]), {(-1, 1): 0.1}),
         ("NaN", ([1, INF], [1, 100]), {(NAN, 1): NAN, (0, NAN): NAN}),
         ("outside", ([1, 2, INF], [1, 3, 10]), {(-10, -5): 0, (5, 10): 0}),
-    ]
-    for (low, high), expected in answers.items()
 ]  # fmt: skip
+FRACTIONS = [
+    FractionCase(f"{name} {low} to {high}", low, high, bounds, counts, expected)
+    for name, (bounds, counts), answers in _FRACTION_ANSWERS
+    for (low, high), expected in answers.items()
+]
