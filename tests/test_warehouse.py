@@ -13,6 +13,7 @@ from pathlib import Path
 import duckdb
 import polars as pl
 import pytest
+from structlog.testing import capture_logs
 
 from optiinfra_pipelines.sql.sources import raw_tables
 from resources.warehouse import (
@@ -171,6 +172,18 @@ def test_rows_wait_on_disk_while_another_process_has_the_file(warehouse: Warehou
     assert warehouse.append("3", scrapes("d")).status == "stored"
     assert targets(warehouse) == ["a", "b", "c", "d"]
     assert warehouse.backlog().batches == 0
+
+
+def test_a_held_file_is_told_once_and_its_release_too(warehouse: Warehouse) -> None:
+    """Not once a tick: a night under a forgotten notebook is two lines in the log."""
+    warehouse.append("0", scrapes("a"))
+    with capture_logs() as told:
+        with another_process(warehouse.root, "read"):
+            warehouse.append("1", scrapes("b"))
+            warehouse.append("2", scrapes("c"))
+        warehouse.append("3", scrapes("d"))
+
+    assert [line["event"] for line in told] == ["warehouse_held", "warehouse_free"]
 
 
 def test_the_lock_survives_whatever_the_warehouse_does_itself(warehouse: Warehouse) -> None:

@@ -78,6 +78,8 @@ class Database:
         # Whether the tables of the file now open were brought up to date; another file may lie there at the next open.
         self.is_checked = False
         self.check_lock = threading.Lock()
+        # Whether the last append found the file held by someone else; told once per change.
+        self.is_held = False
         # time.monotonic() of this process's last commit of raw rows; None before the first.
         self.committed_at: float | None = None
 

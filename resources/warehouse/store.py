@@ -131,13 +131,22 @@ class Warehouse:
                     return self._keep(batch)
                 duplicates = _stored(connection, batch, self._clock())
                 self._database.committed_at = time.monotonic()
+                self._tell_held(None)
                 return "duplicate" if duplicates else "stored"
         except (WarehouseLockedError, duckdb.TransactionException) as error:
             # Held too long, or two transactions of this process touched the same thing: both pass by waiting.
-            _log.info("batch_spooled", batch_id=batch.batch_id, cause=str(error))
+            self._tell_held(str(error))
             return self._keep(batch)
         finally:
             self._database.append_lock.release()
+
+    def _tell_held(self, cause: str | None) -> None:
+        """Log that the file is held, and that it no longer is, once each and not at every tick."""
+        if cause is not None and not self._database.is_held:
+            _log.warning("warehouse_held", cause=cause, meanwhile="batches wait on disk; nothing is lost")
+        elif cause is None and self._database.is_held:
+            _log.info("warehouse_free", meanwhile="waiting batches are stored")
+        self._database.is_held = cause is not None
 
     def _may_wait(self) -> bool:
         last = self._database.committed_at
