@@ -81,7 +81,7 @@ def children(dagster_home: Path, host: str, port: int) -> list[Child]:
     workspace.write_text(yaml.safe_dump({"load_from": [server]}))
     python = [sys.executable, "-m"]
     code = ["dagster", "api", "grpc", "-m", "optiinfra_pipelines.definitions", "--socket", str(sock)]
-    code += ["--location-name", "optiinfra", "--log-level", "warning", "--lazy-load-user-code"]
+    code += ["--location-name", "optiinfra", "--log-level", "warning"]
     web = ["dagster_webserver", "-w", str(workspace), "-h", host, "-p", str(port), "--dagster-log-level", "warning"]
     daemon = ["dagster._daemon", "run", "-w", str(workspace), "--log-level", "warning"]
     return [

@@ -84,7 +84,7 @@ def _sensor(
         done = f"{sum(frame.height for frame in frames.values())} rows {stored.status} in {seconds * 1000:.0f} ms"
         if context.cursor and json.loads(context.cursor)["reported_minute"] == minute:
             return dg.SkipReason(done)
-        events = _materializations(name, frames, since)
+        events = _materializations(name, frames, since, is_first=context.cursor is None)
         since.rows.clear()
         since.ticks, since.spooled, since.slowest_seconds = 0, 0, 0.0
         return dg.SensorResult(
@@ -101,9 +101,12 @@ def _sensor(
 
 
 def _materializations(
-    name: str, frames: Mapping[str, pl.DataFrame], since: _SinceReport
+    name: str, frames: Mapping[str, pl.DataFrame], since: _SinceReport, *, is_first: bool
 ) -> list[dg.AssetMaterialization]:
-    """One event for the sensor's first table always, for the others when they got rows since the last report."""
+    """One event for the sensor's first table always, for the others when they got rows since the last report.
+
+    The very first report is of all: a table without rows yet must not look like one that was never watched.
+    """
     first, *others = REPORTED_BY[name]
     tick: dict[str, Metadata] = {
         "ticks": since.ticks,
@@ -113,7 +116,9 @@ def _materializations(
     }
     events = [dg.AssetMaterialization(first, metadata={"rows": since.rows[first], **tick})]
     events += [
-        dg.AssetMaterialization(table, metadata={"rows": since.rows[table]}) for table in others if since.rows[table]
+        dg.AssetMaterialization(table, metadata={"rows": since.rows[table]})
+        for table in others
+        if since.rows[table] or is_first
     ]
     return events
 
@@ -135,4 +140,8 @@ def _health(name: str, frames: Mapping[str, pl.DataFrame]) -> dict[str, Metadata
             "gpus": int(states["gpu_count"].fill_null(0).sum()),
             "status": ", ".join(f"{row['host']}: {row['status']}" for row in states.iter_rows(named=True)) or "no host",
         }
-    return {"hosts": frames["raw_host_samples"].height}
+    states = frames["raw_host_collections"]
+    return {
+        "hosts_read": int((states["status"] == "ok").sum()),
+        "status": ", ".join(f"{row['host']}: {row['status']}" for row in states.iter_rows(named=True)) or "no host",
+    }

@@ -62,7 +62,7 @@ def _start(supervisor: Supervisor, paths: Paths, host: str, port: int, stopped: 
     console.print(f"  UI      http://{host}:{port}")
     console.print(f"  state   {paths.home}")
     console.print(f"  logs    {paths.dagster_home / 'process_logs'}")
-    console.print('  ask     optiinfra sql "select * from fct_scrape_health"')
+    console.print(f'  ask     optiinfra --home {paths.home} sql "select * from fct_scrape_health"')
     console.print("  stop    Ctrl-C")
 
 

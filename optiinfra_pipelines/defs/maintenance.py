@@ -38,7 +38,7 @@ class RebuildConfig(dg.Config):
 def maintenance(
     runner: ModelRunner, warehouse: Warehouse, clock: Callable[[], datetime], retention: Retention
 ) -> tuple[list[Job], list[dg.ScheduleDefinition]]:
-    """Jobs `maintain_warehouse`, `prune_dagster_storage`, `rebuild_window` and `check_models`, and their schedules."""
+    """Jobs `maintain_warehouse`, `prune_dagster_storage`, `rebuild_window` and `test_models`, and their schedules."""
 
     @dg.op(pool=WAREHOUSE_POOL, description="Move closed hours to Parquet, then delete what is past its retention.")
     def move_and_retain(context: dg.OpExecutionContext) -> None:
@@ -92,7 +92,7 @@ def maintenance(
         rebuild_models()
 
     check_job = dg.define_asset_job(
-        "check_models",
+        "test_models",
         selection=dg.AssetSelection.all_asset_checks(),
         tags=REFRESH_TAG,
         description="Run all data tests.",

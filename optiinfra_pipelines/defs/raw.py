@@ -13,7 +13,8 @@ import dagster as dg
 from optiinfra_pipelines.defs.schema import table_metadata
 from optiinfra_pipelines.sql.sources import RawTable, raw_tables
 
-# Each sensor reports its tables, the first of them at every report and the rest when they got rows.
+# Each sensor reports its tables: at its very first report all of them, then the first always and the rest when they
+# got rows.
 REPORTED_BY: Mapping[str, tuple[str, ...]] = {
     "scrape_engines": (
         "raw_scrapes",
@@ -23,9 +24,12 @@ REPORTED_BY: Mapping[str, tuple[str, ...]] = {
         "raw_histogram_bounds",
         "raw_kv_tier_samples",
         "raw_kept_samples",
+        "raw_fleet_targets",
+        "raw_fleet_deployments",
+        "raw_fleet_hosts",
     ),
     "sample_gpus": ("raw_gpu_collections", "raw_gpu_samples", "raw_gpu_processes"),
-    "sample_hosts": ("raw_host_samples", "raw_host_devices", "raw_host_processes"),
+    "sample_hosts": ("raw_host_collections", "raw_host_samples", "raw_host_devices", "raw_host_processes"),
 }
 _KIND = {"scrape_engines": "prometheus", "sample_gpus": "nvml", "sample_hosts": "psutil"}
 
@@ -36,19 +40,17 @@ _FRESHNESS = dg.FreshnessPolicy.time_window(fail_window=timedelta(minutes=5), wa
 def raw_assets() -> list[dg.AssetSpec]:
     """One external asset per raw table, in the order of sources.yml."""
     sensor_of = {table: sensor for sensor, tables in REPORTED_BY.items() for table in tables}
-    return [_spec(table, sensor_of.get(table.name)) for table in raw_tables().values()]
+    return [_spec(table, sensor_of[table.name]) for table in raw_tables().values()]
 
 
-def _spec(table: RawTable, sensor: str | None) -> dg.AssetSpec:
-    reported_first = sensor is not None and REPORTED_BY[sensor][0] == table.name
-    filled_by = f"sensor `{sensor}`" if sensor else "reading fleet.yaml"
+def _spec(table: RawTable, sensor: str) -> dg.AssetSpec:
     return dg.AssetSpec(
         key=table.name,
         group_name="raw",
-        description=f"{table.description} Filled by {filled_by}. One row per {', '.join(table.grain)}.",
-        kinds={"duckdb", _KIND.get(sensor or "", "yaml")},
+        description=f"{table.description} Filled by sensor `{sensor}`. One row per {', '.join(table.grain)}.",
+        kinds={"duckdb", _KIND[sensor]},
         owners=["team:platform"],
         tags={"layer": "raw"},
         metadata=table_metadata(table.name, table.columns),
-        freshness_policy=_FRESHNESS if reported_first else None,
+        freshness_policy=_FRESHNESS if REPORTED_BY[sensor][0] == table.name else None,
     )

@@ -1,0 +1,125 @@
+"""The graph loads, hangs together, refreshes by its own condition, and its sensors report what they stored."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from optiinfra_pipelines.definitions import assemble
+from optiinfra_pipelines.domain.fleet import Fleet, Host, Target
+from optiinfra_pipelines.settings import Paths
+from optiinfra_pipelines.sql.sources import raw_tables
+from resources.warehouse import Warehouse
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Paths:
+    return Paths(
+        home=tmp_path,
+        warehouse_dir=tmp_path / "warehouse",
+        dagster_home=tmp_path / "dagster",
+        reports_dir=tmp_path / "reports",
+        fleet_file=tmp_path / "fleet.yaml",
+    )
+
+
+FLEET = Fleet(
+    hosts=(Host(name="here", local=True),),
+    # Nothing listens on port 1: a down target is a row, not an exception.
+    targets=(Target(name="gone", url="http://127.0.0.1:1/metrics"),),
+)
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+def sensor(definitions: dg.Definitions, name: str) -> dg.SensorDefinition:
+    return definitions.resolve_sensor_def(name)
+
+
+def tick(definitions: dg.Definitions, name: str, instance: dg.DagsterInstance, cursor: str | None) -> dg.SensorResult:
+    context = dg.build_sensor_context(instance=instance, cursor=cursor)
+    result = sensor(definitions, name).evaluate_tick(context)
+    for event in result.asset_events:
+        instance.report_runless_asset_event(event)
+    return result
+
+
+def test_every_definition_loads_and_every_asset_has_a_home(paths: Paths) -> None:
+    """One code location: unique names, known groups, owners, descriptions and a column schema on every table."""
+    definitions = assemble(FLEET, paths, now)
+    dg.Definitions.validate_loadable(definitions)
+
+    graph = definitions.resolve_asset_graph()
+    for key in graph.get_all_asset_keys():
+        node = graph.get(key)
+        assert node.group_name in {"raw", "staging", "intermediate", "marts", "published"}, key
+        assert node.description, key
+        assert node.owners, key
+    raw = {key.to_user_string() for key in graph.get_all_asset_keys() if graph.get(key).group_name == "raw"}
+    assert raw == set(raw_tables())
+
+
+def test_nothing_in_the_launchpad_names_a_path_or_a_cadence(paths: Paths) -> None:
+    """Launchpad config is what a job is about: no job offers resources, paths or intervals to edit."""
+    definitions = assemble(FLEET, paths, now)
+
+    offered = {
+        job.name: sorted(
+            field for node in job.nodes for field in getattr(node.definition.config_schema.config_type, "fields", {})
+        )
+        for job in definitions.resolve_all_job_defs()
+        if job.name not in ("__ASSET_JOB", "test_models")
+    }
+
+    assert offered["prune_dagster_storage"] == ["keep_failure_days", "keep_hours"]
+    assert offered["rebuild_window"] == ["end", "models", "start"]
+
+
+def test_the_sensors_run_from_the_first_start_a_second_under_five(paths: Paths) -> None:
+    """An interval of 5 s would alias with the daemon's own 5 s loop and give 8 s."""
+    definitions = assemble(FLEET, paths, now)
+
+    for name in ("scrape_engines", "sample_gpus", "sample_hosts"):
+        assert sensor(definitions, name).minimum_interval_seconds == 4
+        assert sensor(definitions, name).default_status is dg.DefaultSensorStatus.RUNNING
+    assert sensor(definitions, "refresh_assets").default_status is dg.DefaultSensorStatus.RUNNING
+
+
+def test_a_tick_stores_at_once_and_reports_once_a_minute(paths: Paths) -> None:
+    """Two ticks within a minute: rows of both are stored, one report is made; a down target is in its metadata."""
+    at = [datetime(2026, 11, 20, 12, 0, 1, tzinfo=UTC)]
+    definitions = assemble(FLEET, paths, lambda: at[0])
+    with dg.DagsterInstance.ephemeral() as instance:
+        first = tick(definitions, "scrape_engines", instance, None)
+        at[0] = at[0].replace(second=6)
+        second = tick(definitions, "scrape_engines", instance, first.cursor)
+        at[0] = at[0].replace(minute=1)
+        third = tick(definitions, "scrape_engines", instance, first.cursor)
+
+    reported = {event.asset_key.to_user_string(): event for event in first.asset_events}
+    assert reported["raw_scrapes"].metadata["down"].value == "gone: connect_refused"
+    assert second.asset_events == []
+    assert third.asset_events[0].metadata["ticks"].value == 2
+    stored = Warehouse(paths.warehouse_dir, clock=now).read("select count(*) as n from raw_scrapes")
+    assert stored["n"].item() == 3
+
+
+def test_derived_assets_are_requested_once_raw_ones_reported_and_then_at_the_cadence(paths: Paths) -> None:
+    """Never made: at once, but not before the sensors reported. Then not again until the cadence has passed."""
+    definitions = assemble(FLEET, paths, now)
+    with dg.DagsterInstance.ephemeral() as instance:
+        before = dg.evaluate_automation_conditions(defs=definitions, instance=instance)
+        assert before.total_requested == 0
+
+        for name in ("scrape_engines", "sample_gpus", "sample_hosts"):
+            tick(definitions, name, instance, None)
+        first = dg.evaluate_automation_conditions(defs=definitions, instance=instance, cursor=before.cursor)
+        stored = first.get_num_requested(dg.AssetKey("fct_latency_5m"))
+        view = first.get_num_requested(dg.AssetKey("stg_scrapes"))
+        again = dg.evaluate_automation_conditions(defs=definitions, instance=instance, cursor=first.cursor)
+
+    assert (stored, view) == (1, 1)
+    assert again.get_num_requested(dg.AssetKey("fct_latency_5m")) <= 1
