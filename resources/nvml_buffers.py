@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pynvml as nvml
 
@@ -27,6 +27,8 @@ _FIELD_ANSWER = struct.Struct("=24xIIQ")  # of nvmlFieldValue_t: value type, ret
 _GPM_ANSWER = struct.Struct("=4xId24x")  # of nvmlGpmMetric_t: return code, value
 _GPM_HEADER_BYTES = 24
 _PROCESS = struct.Struct("=I4xQI4x")  # of nvmlProcessInfo_t (v2 and v3): pid, memory, GPU instance
+_ACTIVITY = struct.Struct("=QII24x")  # of nvmlProcessUtilizationInfo_v1_t: timestamp, pid, SM percent
+_ACTIVITY_VERSION = ctypes.sizeof(nvml.c_nvmlProcessesUtilizationInfo_v1_t) | 1 << 24
 _MEMORY_UNKNOWN = 0xFFFFFFFFFFFFFFFF
 _WIDE = nvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG
 _GPM_VERSION = 1
@@ -63,6 +65,16 @@ def decode(value_type: int, word: int) -> float | None:
     return None
 
 
+class Ring(NamedTuple):
+    """Samples of the driver's ring: microseconds of its own clock, and percent (None for an unknown type)."""
+
+    timestamps: list[int]
+    values: list[float | None]
+
+
+EMPTY_RING = Ring([], [])
+
+
 class RingReader:
     """Reads the driver's ring of samples; one buffer for all GPUs of a collector."""
 
@@ -73,8 +85,8 @@ class RingReader:
         self._value_type = ctypes.c_uint()
         self._count = ctypes.c_uint()
 
-    def read(self, handle: object, kind: int, since: int) -> list[tuple[int, float]]:
-        """(timestamp in the ring's own microseconds, value) of the samples after `since`; 0 is the whole ring.
+    def read(self, handle: object, kind: int, since: int) -> Ring:
+        """The samples after `since`, in the ring's own microseconds; 0 is the whole ring.
 
         One call, no call for the size: the count is the room on the way in and the samples given on the way out.
         """
@@ -90,11 +102,9 @@ class RingReader:
         )
         words = self._words[: 2 * min(self._count.value, RING_CAPACITY)].tolist()
         value_type = self._value_type.value
-        if value_type == nvml.NVML_VALUE_TYPE_UNSIGNED_INT:
-            values: list[float] = [word & 0xFFFFFFFF for word in words[1::2]]
-        else:
-            values = [value for word in words[1::2] if (value := decode(value_type, word)) is not None]
-        return list(zip(words[0::2], values, strict=False))
+        if value_type == nvml.NVML_VALUE_TYPE_UNSIGNED_INT:  # what utilization is
+            return Ring(words[0::2], [word & 0xFFFFFFFF for word in words[1::2]])
+        return Ring(words[0::2], [decode(value_type, word) for word in words[1::2]])
 
 
 class RingCursor:
@@ -104,16 +114,20 @@ class RingCursor:
         self._newest = 0
         self.ask_from = 0
 
-    def take(self, samples: Sequence[tuple[int, float]]) -> list[float]:
+    def take(self, ring: Ring) -> list[float]:
         """Values, in percent, that no earlier `take` returned; empty when the ring ran dry.
 
         After a dry tick the whole ring is asked for once more: a ring whose clock was set back would else be silent
         until it caught up. Values over 100 % are what an unfilled slot holds.
         """
-        newest = max((timestamp for timestamp, _ in samples), default=0)
+        newest = max(ring.timestamps, default=0)
         is_continued = 0 < self._newest <= newest
-        since = self._newest if is_continued else newest - FIRST_LOOK_US
-        fresh = [value for timestamp, value in samples if timestamp > since and timestamp > 0 and 0 <= value <= 100]
+        since = max(self._newest if is_continued else newest - FIRST_LOOK_US, 0)
+        fresh = [
+            value
+            for timestamp, value in zip(ring.timestamps, ring.values, strict=True)
+            if timestamp > since and value is not None and 0 <= value <= 100
+        ]
         self.ask_from = newest if fresh else 0
         if newest:
             self._newest = newest
@@ -186,3 +200,34 @@ class ProcessLister:
         self._room = room
         self._store = bytearray(room * ctypes.sizeof(nvml.c_nvmlProcessInfo_v3_t))
         self._processes = (nvml.c_nvmlProcessInfo_v3_t * room).from_buffer(self._store)
+
+
+class ActivityReader:
+    """Reads how busy each process was; one buffer for all GPUs of a collector."""
+
+    def __init__(self) -> None:
+        self._request = nvml.c_nvmlProcessesUtilizationInfo_v1_t()
+        self._request.version = _ACTIVITY_VERSION
+        self._make_room(PROCESS_CAPACITY)
+
+    def read(self, handle: object, since: int) -> list[tuple[int, int, int]]:
+        """(timestamp in the driver's microseconds, pid, SM percent) after `since`. Raises NVMLError; driver 550+."""
+        self._ask(handle, since)
+        found = memoryview(self._store)[: min(self._request.processSamplesCount, self._room) * _ACTIVITY.size]
+        return list(_ACTIVITY.iter_unpack(found))
+
+    def _ask(self, handle: object, since: int) -> None:
+        self._request.processSamplesCount, self._request.lastSeenTimeStamp = self._room, since
+        try:
+            _call("nvmlDeviceGetProcessesUtilizationInfo", handle, ctypes.byref(self._request))
+        except nvml.NVMLError as error:
+            if code_of(error) != nvml.NVML_ERROR_INSUFFICIENT_SIZE:
+                raise
+            self._make_room(2 * max(self._request.processSamplesCount, self._room))
+            self._request.processSamplesCount = self._room
+            _call("nvmlDeviceGetProcessesUtilizationInfo", handle, ctypes.byref(self._request))
+
+    def _make_room(self, room: int) -> None:
+        self._room = room
+        self._store = bytearray(room * ctypes.sizeof(nvml.c_nvmlProcessUtilizationInfo_v1_t))
+        self._request.procUtilArray = (nvml.c_nvmlProcessUtilizationInfo_v1_t * room).from_buffer(self._store)

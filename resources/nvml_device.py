@@ -16,7 +16,15 @@ import pynvml as nvml
 
 from optiinfra_pipelines.domain.gpus import RECOVERY_ACTIONS
 from resources.nvml_ask import UNSUPPORTED_CODES, Ledger, ask, ask_first
-from resources.nvml_buffers import FieldBatch, GpmRequest, ProcessLister, RingCursor, RingReader
+from resources.nvml_buffers import (
+    EMPTY_RING,
+    ActivityReader,
+    FieldBatch,
+    GpmRequest,
+    ProcessLister,
+    RingCursor,
+    RingReader,
+)
 from resources.nvml_gpm import GpmAverages, MigInstance, add_averages, mig_profile
 from resources.nvml_links import NvLinks
 from resources.nvml_metrics import FAST_METRICS, GPM_METRICS, SLOW_FIELDS, SLOW_METRICS, Field, Metric, fast_fields
@@ -32,7 +40,7 @@ class Buffers:
     """What NVML writes its answers to: one of each for all GPUs, which are asked one after the other."""
 
     def __init__(self) -> None:
-        self.ring, self.processes = RingReader(), ProcessLister()
+        self.ring, self.processes, self.activity = RingReader(), ProcessLister(), ActivityReader()
         self.gpm = GpmRequest([metric for metric, _, _ in GPM_METRICS])
 
 
@@ -79,7 +87,7 @@ class GpuReader:
         self._margins: Row = {}
         self._gpu_ring, self._memory_ring = RingCursor(), RingCursor()
         self._links = NvLinks(ledger)
-        self._processes = ProcessReader(ledger, shared.buffers.processes)
+        self._processes = ProcessReader(ledger, shared.buffers.processes, shared.buffers.activity)
         self._gpm: GpmAverages | None = None
         self._instances: list[MigInstance] = []
         self._is_mig: bool | None = None
@@ -232,7 +240,7 @@ class GpuReader:
             samples = ask(
                 self.ledger, f"{column} ring", self._shared.buffers.ring.read, self.handle, kind, cursor.ask_from
             )
-            fresh = cursor.take(samples or ())
+            fresh = cursor.take(samples or EMPTY_RING)
             if not fresh:
                 continue
             row[column] = sum(fresh) / len(fresh) / 100

@@ -53,7 +53,6 @@ FAST_METRICS = (
     ),
     Metric("temperature_margin_celsius", (nvml.nvmlDeviceGetMarginTemperature,), low=-_BURNT, high=_BURNT),
     Metric("power_watts", (nvml.nvmlDeviceGetPowerUsage,), scale=1e-3, low=_SOME_WATTS),
-    Metric("power_limit_watts", (nvml.nvmlDeviceGetEnforcedPowerLimit,), scale=1e-3, low=_SOME_WATTS),
     Metric("energy_joules_total", (nvml.nvmlDeviceGetTotalEnergyConsumption,), scale=1e-3),
     Metric("sm_clock_mhz", (nvml.nvmlDeviceGetClockInfo,), (_SM,)),
     Metric("memory_clock_mhz", (nvml.nvmlDeviceGetClockInfo,), (_MEMORY,)),
@@ -67,6 +66,10 @@ FAST_METRICS = (
     ),
     Metric("encoder_utilization_ratio", (_with_period(nvml.nvmlDeviceGetEncoderUtilization),), scale=1e-2, high=1.0),
     Metric("decoder_utilization_ratio", (_with_period(nvml.nvmlDeviceGetDecoderUtilization),), scale=1e-2, high=1.0),
+)
+
+SLOW_METRICS = (
+    Metric("power_limit_watts", (nvml.nvmlDeviceGetEnforcedPowerLimit,), scale=1e-3, low=_SOME_WATTS),
     Metric(
         "pcie_link_generation",
         (nvml.nvmlDeviceGetCurrPcieLinkGeneration,),
@@ -75,9 +78,6 @@ FAST_METRICS = (
         is_integer=True,
     ),
     Metric("pcie_link_width", (nvml.nvmlDeviceGetCurrPcieLinkWidth,), low=1, high=_PCIE_MOST, is_integer=True),
-)
-
-SLOW_METRICS = (
     Metric("power_default_limit_watts", (nvml.nvmlDeviceGetPowerManagementDefaultLimit,), scale=1e-3, low=_SOME_WATTS),
     Metric("sm_clock_max_mhz", (nvml.nvmlDeviceGetMaxClockInfo,), (_SM,)),
     Metric(

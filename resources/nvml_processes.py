@@ -6,16 +6,14 @@ CPU and waits, which are the host collector's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import psutil
 import pynvml as nvml
 
 from resources.nvml_ask import Ledger, ask_first, code_of
-from resources.nvml_buffers import ProcessLister
+from resources.nvml_buffers import ActivityReader, ProcessLister
 
 # (kind, metric, NVML calls from the newest on). The last kind that lists a pid is the most telling: clients of MPS are
 # in the compute list, too.
@@ -38,35 +36,28 @@ class GpuProcess:
     name: str | None = None
 
 
-def _patiently(call: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    """Ask twice: the bindings allocate exactly as many entries as there were a moment ago."""
-
-    def asked(handle: object, since: int) -> list[Any]:
+def _older_activity(handle: object, since: int) -> list[tuple[int, int, int]]:
+    """Activity as drivers before 550 tell it; asked twice, for the bindings make room for a moment ago's processes."""
+    for attempt in (1, 2):
         try:
-            return call(handle, since)
+            samples = nvml.nvmlDeviceGetProcessUtilization(handle, since)  # type: ignore[no-untyped-call]
+            return [(sample.timeStamp, sample.pid, sample.smUtil) for sample in samples]
         except nvml.NVMLError as error:
-            if code_of(error) != nvml.NVML_ERROR_INSUFFICIENT_SIZE:
+            if code_of(error) != nvml.NVML_ERROR_INSUFFICIENT_SIZE or attempt == 2:
                 raise
-        return call(handle, since)
-
-    return asked
-
-
-_UTILIZATION = (
-    _patiently(nvml.nvmlDeviceGetProcessesUtilizationInfo),  # since driver 550
-    _patiently(nvml.nvmlDeviceGetProcessUtilization),
-)
+    return []
 
 
 class ProcessReader:
     """Reads the processes of one GPU, tick after tick."""
 
-    def __init__(self, ledger: Ledger, lister: ProcessLister) -> None:
+    def __init__(self, ledger: Ledger, lister: ProcessLister, activity: ActivityReader) -> None:
         self._ledger = ledger
         self._lists = [
             (kind, metric, tuple(partial(lister.read, call) for call in calls)) for kind, metric, calls in _LISTS
         ]
-        self._newest_utilization_us = 0
+        self._activity = (activity.read, _older_activity)
+        self._newest_activity_us = 0
         self._names: dict[int, str | None] = {}
 
     def read(self, handle: object, memory_total_bytes: float | None) -> list[GpuProcess] | None:
@@ -107,19 +98,16 @@ class ProcessReader:
 
     def _busy(self, handle: object) -> dict[int, float] | None:
         """SM share (0-1) by pid since the last tick; a process that is not in it did nothing. None: not told."""
-        samples: list[Any] | None = ask_first(
-            self._ledger, "sm_utilization_ratio", _UTILIZATION, handle, self._newest_utilization_us, when_empty=[]
-        )
+        since, nobody = self._newest_activity_us, list[tuple[int, int, int]]()
+        samples = ask_first(self._ledger, "sm_utilization_ratio", self._activity, handle, since, when_empty=nobody)
         if samples is None:
             return None
-        since = self._newest_utilization_us
         busy: dict[int, float] = {}
-        for sample in samples:
-            share = sample.smUtil / 100
+        for timestamp, pid, percent in samples:
             # Old samples come again when nothing new happened, and some drivers answer with numbers over 100 %.
-            if sample.timeStamp > since and 0 <= share <= 1:
-                busy[sample.pid] = share
-                self._newest_utilization_us = max(self._newest_utilization_us, sample.timeStamp)
+            if timestamp > since and percent <= 100:
+                busy[pid] = percent / 100
+                self._newest_activity_us = max(self._newest_activity_us, timestamp)
         return busy
 
     def _name(self, pid: int) -> str | None:

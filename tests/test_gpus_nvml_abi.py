@@ -67,6 +67,9 @@ def test_our_readers_look_where_the_bindings_put_the_values() -> None:
     process = nvml.c_nvmlProcessInfo_v3_t
     assert nvml_buffers._PROCESS.size == ctypes.sizeof(process)
     assert (process.pid.offset, process.usedGpuMemory.offset, process.gpuInstanceId.offset) == (0, 8, 16)
+    activity = nvml.c_nvmlProcessUtilizationInfo_v1_t
+    assert nvml_buffers._ACTIVITY.size == ctypes.sizeof(activity)
+    assert (activity.timeStamp.offset, activity.pid.offset, activity.smUtil.offset) == (0, 8, 12)
     sample = nvml.c_nvmlSample_t
     assert (ctypes.sizeof(sample), sample.timeStamp.offset, sample.sampleValue.offset) == (16, 0, 8)
 

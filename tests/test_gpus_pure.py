@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from optiinfra_pipelines.domain.gpus import RECOVERY_ACTIONS, THROTTLING, XIDS, ClockEventReason, reason_names, xid
 from resources.nvml_ask import DriverDownError, GpuGoneError, Ledger, ask, ask_first, nvml_error
-from resources.nvml_buffers import RingCursor, decode
+from resources.nvml_buffers import Ring, RingCursor, decode
 from resources.nvml_device import numa_node
 from resources.nvml_gpm import mig_profile
 from resources.nvml_metrics import fast_fields
@@ -31,8 +31,9 @@ def test_samples_are_taken_once_and_none_is_left_out(gaps: list[int], start: int
     first_tick = tick
     for gap in [0, *gaps]:
         tick += gap
-        ring = [(start + position * STEP_US, 50.0) for position in range(tick - ring_length + 1, tick + 1)]
-        fresh = cursor.take([sample for sample in ring if sample[0] > cursor.ask_from])
+        stamps = [start + position * STEP_US for position in range(tick - ring_length + 1, tick + 1)]
+        told = [stamp for stamp in stamps if stamp > cursor.ask_from]
+        fresh = cursor.take(Ring(told, [50.0] * len(told)))
         if gap:
             taken += len(fresh)
     assert taken == tick - first_tick
@@ -43,19 +44,20 @@ def test_no_garbage_in_the_ring_becomes_a_ratio(samples: list[tuple[int, float]]
     """Whatever the slots hold, what is taken is 0 to 100 %, and the cursor never asks from before it began."""
     cursor = RingCursor()
 
-    assert all(0 <= value <= 100 for value in cursor.take(samples))
+    ring = Ring([timestamp for timestamp, _ in samples], [value for _, value in samples])
+    assert all(0 <= value <= 100 for value in cursor.take(ring))
     assert cursor.ask_from in (0, *(timestamp for timestamp, _ in samples))
 
 
 def test_a_ring_that_repeats_itself_is_dry() -> None:
     """The same samples again are nothing new, and the next question is for the whole ring."""
     cursor = RingCursor()
-    samples = [(position * STEP_US, 40.0) for position in range(1, 31)]
+    stamps = [position * STEP_US for position in range(1, 31)]
 
-    assert len(cursor.take(samples)) == 30
-    assert cursor.take(samples) == []
+    assert len(cursor.take(Ring(stamps, [40.0] * 30))) == 30
+    assert cursor.take(Ring(stamps, [40.0] * 30)) == []
     assert cursor.ask_from == 0
-    assert cursor.take([*samples, (31 * STEP_US, 80.0)]) == [80.0]
+    assert cursor.take(Ring([*stamps, 31 * STEP_US], [40.0] * 30 + [80.0])) == [80.0]
 
 
 @given(st.integers(0, 2**64 - 1))
