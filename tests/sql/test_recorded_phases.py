@@ -20,6 +20,8 @@ VLLM = "vllm/0.32.0/small_llama_kv8k"
 LLAMACPP = "llama.cpp/debian-1_0.7.0-b11669/small_np4_c8192"
 DYNAMO = "dynamo/1.6.1/frontend_kv_router_mocker"
 
+WITH_CLIENT = [f"{VLLM}/02_light_c1", f"{VLLM}/03_loaded_shared_prefix_c8", f"{DYNAMO}/04_overload_c64"]
+
 # The client's clock also runs while the answer crosses HTTP; on the recording host (2 contended cores) a time to first
 # token of 0.257 s at the client was at most 0.250 s at the engine.
 HTTP_SECONDS = 0.02
@@ -59,7 +61,7 @@ def test_increments_over_a_phase_are_what_the_client_counted(
     preemptions: int | None,
     requests: int | None,
 ) -> None:
-    """Counters are exact: tokens, preemptions and requests to the unit, and NULL where the engine has no such counter."""
+    """Tokens, preemptions and requests are exact, and NULL where the engine has no such counter."""
     refreshed(con, models, phase)
     found = con.execute(
         "select sum(generation_tokens), sum(preemptions), sum(requests_finished) from int_engine_minutes"
@@ -108,7 +110,7 @@ def test_what_the_client_measured_lies_in_the_reported_interval(
 
 
 def test_a_real_restart_loses_nothing_and_doubles_nothing(con: duckdb.DuckDBPyConnection, models: Models) -> None:
-    """Through SIGTERM and a new process, the increments are what the old one made since first sight plus all of the new."""
+    """Through SIGTERM and a new process: what the old one made since first sight, plus all of the new."""
     folder = recordings() / VLLM
     phases = ["01_idle", "02_light_c1", "03_loaded_shared_prefix_c8", "06_drained_idle", "09_after_restart/light_c2"]
     pages = [page for phase in phases for page in (folder / phase).glob("*.prom")]
