@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
 import duckdb
 import polars as pl
@@ -38,6 +39,7 @@ class ModelRunner:
         self.models = models
         self._warehouse = warehouse
         self._clock = clock
+        self._under_retention: set[str] = set()
 
     def redo_late_rows(self) -> datetime | None:
         """Batches that had to wait may land after their minutes were made: have those minutes redone.
@@ -53,6 +55,7 @@ class ModelRunner:
     def refresh(self, model: Model) -> Refreshed:
         """Bring one model up to now. Collection gets its turn before and after."""
         now = self._clock()
+        self._put_under_retention(model)
         with self._warehouse.connect() as connection:
             window = next_window(connection, model, now) or Window(start=now, end=now)
             result = refresh(connection, model, window)
@@ -62,6 +65,20 @@ class ModelRunner:
                 result.seconds,
                 _newest(connection, model) if model.layer is Layer.MARTS else None,
             )
+
+    def _put_under_retention(self, model: Model) -> None:
+        """Tell the warehouse how long a stored model's rows live, once per process, when its table is there."""
+        if model.time is None or model.retention is None or model.name in self._under_retention:
+            return
+        with self._warehouse.connect() as connection:
+            is_built = bool(
+                connection.execute("select 1 from duckdb_tables() where table_name = ?", [model.name]).fetchall()
+            )
+        if is_built:
+            self._warehouse.register(
+                model.name, time_column=model.time, layer=model.retention, grain=model.grain, cold=None
+            )
+            self._under_retention.add(model.name)
 
     def rebuild(self, model: Model, window: Window) -> int:
         """Make a past window of an incremental model anew; returns the rows written."""
@@ -77,6 +94,18 @@ class ModelRunner:
     @property
     def incremental(self) -> tuple[Model, ...]:
         return tuple(m for m in self.models.values() if m.materialization is Materialization.INCREMENTAL)
+
+
+def count_marts(read_copy: Path) -> int:
+    """Tables of the marts layer that a reader of the copy finds; 0 when it cannot be opened."""
+    try:
+        with duckdb.connect(str(read_copy), read_only=True) as connection:
+            [(count,)] = connection.execute(
+                "select count(*) from duckdb_tables() where table_name like 'fct_%' or table_name like 'dim_%'"
+            ).fetchall()
+    except duckdb.Error:
+        return 0
+    return int(count)
 
 
 def _earliest_late(connection: duckdb.DuckDBPyConnection) -> datetime | None:

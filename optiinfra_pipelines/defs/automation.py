@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import dagster as dg
 
 from resources.dagster_prune import REFRESH_TAG
@@ -33,6 +35,12 @@ def rebuild_condition() -> dg.AutomationCondition[dg.AssetKey]:
     ).with_label("when its SQL changed")
 
 
+def hourly_condition() -> dg.AutomationCondition[Any]:
+    """Data tests: once an hour, when the hour's first minutes are in."""
+    due = dg.AutomationCondition.cron_tick_passed("12 * * * *").since(dg.AutomationCondition.newly_requested())
+    return (due & ~dg.AutomationCondition.in_progress()).with_label("hourly")
+
+
 def cron(minutes: int) -> str:
     """The cron line nearest to a step of minutes: steps under an hour, then whole hours."""
     if minutes < 60:
@@ -45,7 +53,7 @@ def automation_sensor() -> dg.AutomationConditionSensorDefinition:
     """Evaluates every condition; its runs are marked so that their history may be pruned."""
     return dg.AutomationConditionSensorDefinition(
         "refresh_assets",
-        target=dg.AssetSelection.all(),
+        target=dg.AssetSelection.all() | dg.AssetSelection.all_asset_checks(),
         minimum_interval_seconds=EVALUATE_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
         run_tags=REFRESH_TAG,

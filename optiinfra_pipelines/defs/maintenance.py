@@ -10,7 +10,7 @@ import dagster as dg
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 from pydantic import Field
 
-from optiinfra_pipelines.defs.models import WAREHOUSE_POOL
+from optiinfra_pipelines.defs.models import READ_COPY, WAREHOUSE_POOL
 from optiinfra_pipelines.domain.fleet import Retention
 from optiinfra_pipelines.sql.models import Window
 from resources.dagster_prune import REFRESH_TAG, prune
@@ -93,7 +93,7 @@ def maintenance(
 
     check_job = dg.define_asset_job(
         "test_models",
-        selection=dg.AssetSelection.all_asset_checks(),
+        selection=dg.AssetSelection.all_asset_checks() - dg.AssetSelection.checks_for_assets(dg.AssetKey(READ_COPY)),
         tags=REFRESH_TAG,
         description="Run all data tests.",
     )
@@ -102,7 +102,6 @@ def maintenance(
         dg.ScheduleDefinition(
             name="hourly_maintenance", job=maintain_warehouse, cron_schedule="7 * * * *", default_status=running
         ),
-        dg.ScheduleDefinition(name="hourly_checks", job=check_job, cron_schedule="12 * * * *", default_status=running),
     ]
     return [maintain_warehouse, prune_dagster_storage, rebuild_window, check_job], schedules
 

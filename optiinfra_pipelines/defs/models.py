@@ -7,15 +7,16 @@ from collections.abc import Iterator
 
 import dagster as dg
 
-from optiinfra_pipelines.defs.automation import rebuild_condition, refresh_condition
+from optiinfra_pipelines.defs.automation import hourly_condition, rebuild_condition, refresh_condition
 from optiinfra_pipelines.defs.schema import Metadata, preview, table_metadata
 from optiinfra_pipelines.sql.models import Layer, Model, Models, Severity, TestResult
-from resources.model_runner import ModelRunner, Refreshed
+from resources.model_runner import ModelRunner, Refreshed, count_marts
 from resources.warehouse import Warehouse
 
 # DuckDB takes one writing process at a time: runs that write share this pool of one.
 WAREHOUSE_POOL = "warehouse"
 READ_COPY = "read_copy"
+OPENS = "opens"
 
 
 def model_assets(runner: ModelRunner, warehouse: Warehouse, refresh_minutes: int) -> list[dg.AssetsDefinition]:
@@ -30,7 +31,11 @@ def model_checks(runner: ModelRunner) -> dg.AssetChecksDefinition:
     """
     specs = [
         dg.AssetCheckSpec(
-            kind, asset=model.name, description=f"{', '.join(names)}: as the YAML of {model.name} states."
+            kind,
+            asset=model.name,
+            description=f"{', '.join(names)}, as the YAML of {model.name} states.",
+            # With a condition of its own a check does not ride along with every refresh of its asset.
+            automation_condition=hourly_condition(),
         )
         for model in runner.models.values()
         for kind, names in _tests_by_kind(model).items()
@@ -116,16 +121,20 @@ def _read_copy(models: Models, warehouse: Warehouse, refresh_minutes: int) -> dg
         automation_condition=refresh_condition(refresh_minutes),
         description="The copy of the warehouse that people and notebooks open; swapped in whole after each refresh, "
         "so an open session neither blocks collection nor breaks.",
+        # The one check that rides along: a run whose list of checks is empty would run those of all its assets.
+        check_specs=[dg.AssetCheckSpec(OPENS, asset=READ_COPY, description="The copy opens and its marts answer.")],
     )
-    def read_copy() -> dg.MaterializeResult[None]:
+    def read_copy() -> Iterator[dg.MaterializeResult[None] | dg.AssetCheckResult]:
         published = warehouse.publish()
-        return dg.MaterializeResult(
+        yield dg.MaterializeResult(
             metadata={
                 "path": dg.MetadataValue.path(published.path),
                 "bytes": published.size_bytes,
                 "seconds": round(published.seconds, 4),
             }
         )
+        marts = count_marts(published.path)
+        yield dg.AssetCheckResult(check_name=OPENS, passed=marts > 0, metadata={"marts": marts})
 
     return read_copy
 

@@ -1,0 +1,102 @@
+"""`optiinfra up` watching one host: cadence of the three sensors, CPU of all its processes, growth of its storage.
+
+    python benchmarks/up_cadence.py [--minutes 5] [--fleet fleet.yaml] [--port 3999]
+
+Live: starts the real product on a fresh state folder and stops it again. CPU is what the kernel accounts to the
+supervisor, Dagster's processes and every run they started, beginning when all are up; the first minute, in which
+every table is built, is shown apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import dagster as dg
+import psutil
+
+SENSORS = ("scrape_engines", "sample_gpus", "sample_hosts")
+
+
+def cpu_seconds(root: psutil.Process) -> float:
+    """CPU of a process and all its descendants, ended ones included once their parent has reaped them."""
+    total = 0.0
+    for process in [root, *root.children(recursive=True)]:
+        try:
+            total += sum(process.cpu_times()[:4])
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def tick_times(dagster_home: Path, since: float) -> dict[str, list[float]]:
+    """Start of every tick since a moment, per sensor, oldest first: from Dagster's own record."""
+    with dg.DagsterInstance.from_config(str(dagster_home)) as instance:
+        times = {}
+        for state in instance.all_instigator_state():
+            if state.instigator_name in SENSORS:
+                ticks = instance.get_ticks(state.instigator_origin_id, state.selector_id, after=since)
+                times[state.instigator_name] = sorted(tick.timestamp for tick in ticks)
+        return times
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--minutes", type=float, default=5)
+    arguments.add_argument("--fleet", type=Path, default=Path(__file__).parent.parent / "fleet.yaml")
+    arguments.add_argument("--port", type=int, default=3999)
+    given = arguments.parse_args()
+    home = Path(tempfile.mkdtemp(prefix="optiinfra-bench-"))
+    command = [str(Path(sys.executable).parent / "optiinfra"), "--home", str(home), "--fleet", str(given.fleet)]
+    product = subprocess.Popen(
+        [*command, "up", "--port", str(given.port)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert product.stdout is not None
+    try:
+        for line in product.stdout:
+            print("  |", line.rstrip(), flush=True)
+            if "stop    Ctrl-C" in line:
+                break
+        root, dagster_home = psutil.Process(product.pid), home / "dagster"
+        begun, before = time.time(), cpu_seconds(root)
+        time.sleep(60)
+        warm_at, warm = time.time(), cpu_seconds(root)
+        stored = folder_bytes(dagster_home)
+        print(f"first minute: {(warm - before) / (warm_at - begun):.1%} of one core, every table built in it")
+        time.sleep(given.minutes * 60)
+        seconds, cpu = time.time() - warm_at, cpu_seconds(root) - warm
+        growth = folder_bytes(dagster_home) - stored
+        print(f"CPU of all processes over {seconds:.0f} s: {cpu / seconds:.1%} of one core ({cpu:.1f} s)")
+        print(
+            f"resident memory: {sum(p.memory_info().rss for p in [root, *root.children(recursive=True)]) / 2**20:.0f} MiB"
+        )
+        for name, times in tick_times(dagster_home, warm_at).items():
+            gaps = [after - earlier for earlier, after in itertools.pairwise(times)]
+            print(
+                f"{name}: {len(times)} ticks, gap mean {statistics.fmean(gaps):.2f} s, "
+                f"longest {max(gaps):.2f} s, sd {statistics.pstdev(gaps):.2f} s"
+            )
+        print(f"Dagster's own storage grows by {growth / seconds * 86400 / 1e6:.0f} MB a day before pruning")
+        print(f"warehouse: {folder_bytes(home / 'warehouse') / 1e6:.1f} MB after {(time.time() - begun) / 60:.0f} min")
+        print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores at the end")
+    finally:
+        product.send_signal(signal.SIGTERM)
+        product.wait(timeout=60)
+    left = [p for p in psutil.process_iter(["cmdline"]) if str(home) in " ".join(p.info["cmdline"] or [])]
+    print(f"processes left running after SIGTERM: {len(left)}; state kept in {home}")
+
+
+if __name__ == "__main__":
+    main()
