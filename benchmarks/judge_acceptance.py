@@ -19,7 +19,13 @@ import time
 import numpy as np
 from numba import njit
 
-from optiinfra_pipelines.rollout.eprocess import ERROR_ALTERNATIVES, LATENCY_ALTERNATIVES, log_increments
+from optiinfra_pipelines.rollout.eprocess import (
+    ERROR_ALTERNATIVES,
+    LATENCY_ALTERNATIVES,
+    RESTART_STAKE_RATIO,
+    first_crossing,
+)
+from optiinfra_pipelines.rollout.calibration import DEFAULT_STAKE
 from optiinfra_pipelines.rollout.judge import ERROR_NULL_ODDS
 from optiinfra_pipelines.rollout.margins import StableHistogram, judged_edges
 
@@ -82,27 +88,6 @@ def simulate(seed, rate, factor, error_ratio, model, ticks, warm, bounds, counts
             errors[t, arm] += np.random.binomial(requests, broken)
 
 
-@njit(cache=True)
-def first_crossing(totals, overs, nulls, ratios, stake, limit):
-    """First tick (1-based) at which the mean wealth over edges and starts reaches the limit; 0 when it never does."""
-    edges = overs.shape[1]
-    plain, restart = np.zeros((edges, ratios.size)), np.full((edges, ratios.size), -np.inf)
-    prior = -math.log(TICKS)
-    for t in range(totals.shape[0]):
-        top = -np.inf
-        for e in range(edges):
-            inc = stake * log_increments(
-                overs[t, e, 0], totals[t, 0], overs[t, e, 1], totals[t, 1], math.log(nulls[e]), ratios
-            )
-            plain[e] += inc
-            restart[e] = np.logaddexp(restart[e], prior) + inc
-            top = max(top, plain[e].max(), restart[e].max())
-        total = np.exp(plain - top).sum() + np.exp(restart - top).sum()
-        if top + math.log(total) - math.log(2 * edges * ratios.size) >= limit:
-            return t + 1
-    return 0
-
-
 def one_run(seed: int, rate: float, factor: float, error_ratio: float, model: int, start: int) -> tuple[int, int]:
     """First crossing of the latency and of the error process, as ticks from the regression's start; 0 = never."""
     hour = 720
@@ -125,17 +110,21 @@ def one_run(seed: int, rate: float, factor: float, error_ratio: float, model: in
     latency = first_crossing(
         totals,
         overs,
-        np.array([edge.null_odds for edge in edges]),
+        np.log(np.array([edge.null_odds for edge in edges])),
         np.log(np.array(LATENCY_ALTERNATIVES)),
-        0.5,
+        DEFAULT_STAKE,
+        RESTART_STAKE_RATIO * DEFAULT_STAKE,
+        TICKS,
         math.log(1 / ALPHA),
     )
     failing = first_crossing(
         totals,
         np.ascontiguousarray(errors[:, None, :]),
-        np.array([ERROR_NULL_ODDS]),
+        np.log(np.array([ERROR_NULL_ODDS])),
         np.log(np.array(ERROR_ALTERNATIVES)),
         1.0,
+        1.0,
+        TICKS,
         math.log(1 / ALPHA),
     )
     return latency, failing

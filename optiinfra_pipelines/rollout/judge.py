@@ -15,6 +15,7 @@ from optiinfra_pipelines.domain.verdicts import SignalState, Verdict, VerdictKin
 from optiinfra_pipelines.rollout.eprocess import (
     ERROR_ALTERNATIVES,
     LATENCY_ALTERNATIVES,
+    RESTART_STAKE_RATIO,
     EdgeProcess,
     TickCounts,
     combined_log_e,
@@ -109,7 +110,14 @@ class StepJudge:
             return _Signal(name, [EdgeProcess(ERROR_NULL_ODDS, ERROR_ALTERNATIVES, 1.0, ticks)], ())
         edges = self.plan.edges[name]
         processes = [
-            EdgeProcess(edge.null_odds, LATENCY_ALTERNATIVES, self.plan.latency_stake, ticks) for edge in edges
+            EdgeProcess(
+                edge.null_odds,
+                LATENCY_ALTERNATIVES,
+                self.plan.latency_stake,
+                ticks,
+                restart_stake=RESTART_STAKE_RATIO * self.plan.latency_stake,
+            )
+            for edge in edges
         ]
         return _Signal(name, processes, tuple(edge.bound_seconds for edge in edges))
 

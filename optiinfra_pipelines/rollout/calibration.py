@@ -1,0 +1,115 @@
+"""How boldly to bet: the stake at which stable replicas, judged against each other, are almost never failed.
+
+Replicas of one configuration differ: each drifts by itself for a minute or so, and some differ for good. A bet at
+full stake takes that for a regression when traffic is high. So every stable replica is judged as if it were a canary,
+on the deployment's own last day, and the largest stake is taken that fails at most one in a hundred. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from optiinfra_pipelines.rollout.eprocess import (
+    LATENCY_ALTERNATIVES,
+    RESTART_STAKE_RATIO,
+    Counts,
+    Floats,
+    first_crossing,
+)
+
+# Bold to timid. Between them nothing is gained that the replay could tell apart.
+STAKES = (1.0, 0.7, 0.5, 0.35, 0.25)
+# What holds in simulations of one replica in ten at 0.5 to 10 requests/s (benchmarks/judge_acceptance.py).
+DEFAULT_STAKE = 0.5
+# The replay may only lower the default on few windows; it takes so many for a share of 1 % to mean anything.
+MIN_WINDOWS_TO_RAISE = 300
+MIN_WINDOWS_TO_LOWER = 50
+ACCEPTED_RATIO = 0.01
+
+
+@dataclass(frozen=True)
+class Replay:
+    """One window of one stable replica against the others. totals: [tick, arm]; overs: [tick, edge, arm]."""
+
+    totals: Counts
+    overs: Counts
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The stake to judge with and what it stands on. failed_ratio: share of harmless windows it fails."""
+
+    stake: float
+    failed_ratio: float | None
+    windows: int
+    reason: str
+
+
+def windows(replicas: Mapping[str, tuple[Counts, Counts]], ticks: int) -> list[Replay]:
+    """Every replica in turn as pseudo-canary, in windows that do not overlap.
+
+    replicas: name -> (requests per tick, [tick, edge] of them over each edge), the same ticks for all.
+    """
+    if len(replicas) < 2:
+        return []
+    totals = np.stack([requests for requests, _ in replicas.values()])
+    overs = np.stack([over for _, over in replicas.values()])
+    all_totals, all_overs = totals.sum(axis=0), overs.sum(axis=0)
+    found = []
+    for index in range(len(replicas)):
+        pair = np.stack([totals[index], all_totals - totals[index]], axis=1)
+        over = np.stack([overs[index], all_overs - overs[index]], axis=2)
+        for start in range(0, pair.shape[0] - ticks + 1, ticks):
+            stretch = slice(start, start + ticks)
+            found.append(Replay(np.ascontiguousarray(pair[stretch]), np.ascontiguousarray(over[stretch])))
+    return found
+
+
+def calibrate(replays: Sequence[Replay], null_odds: Sequence[float], *, alpha: float, signals: int = 1) -> Calibration:
+    """The largest stake with at most 1 % of harmless windows failed.
+
+    null_odds: of each judged edge, estimated as for the step. Few windows cannot show a share of 1 %: then the default
+    stands, and a stake under it is taken only where the replay shows that the default fails too often.
+    """
+    if len(replays) < MIN_WINDOWS_TO_LOWER or not null_odds:
+        return Calibration(
+            DEFAULT_STAKE, None, len(replays), f"{len(replays)} of {MIN_WINDOWS_TO_LOWER} windows: the default stands"
+        )
+    log_nulls: Floats = np.log(np.asarray(null_odds, dtype=np.float64))
+    candidates = [stake for stake in STAKES if stake <= DEFAULT_STAKE or len(replays) >= MIN_WINDOWS_TO_RAISE]
+    for stake in candidates:
+        failed = failed_ratio(replays, log_nulls, stake, math.log(signals / alpha))
+        if failed <= ACCEPTED_RATIO:
+            reason = f"{failed:.2%} of {len(replays)} harmless windows fail at stake {stake:g}"
+            return Calibration(stake, failed, len(replays), reason)
+    return Calibration(
+        candidates[-1],
+        failed,
+        len(replays),
+        f"even stake {candidates[-1]:g} fails {failed:.2%} of {len(replays)} harmless windows: widen margin_ratio, or "
+        "use two candidate replicas",
+    )
+
+
+def failed_ratio(replays: Sequence[Replay], log_nulls: Floats, stake: float, log_limit: float) -> float:
+    """Share of windows that the judge fails at a stake."""
+    log_ratios = np.log(np.asarray(LATENCY_ALTERNATIVES, dtype=np.float64))
+    hits = sum(
+        1
+        for replay in replays
+        if first_crossing(
+            replay.totals,
+            replay.overs,
+            log_nulls,
+            log_ratios,
+            stake,
+            RESTART_STAKE_RATIO * stake,
+            len(replay.totals),
+            log_limit,
+        )
+    )
+    return hits / len(replays)

@@ -1,0 +1,166 @@
+"""Exact counts of one tick from two scrapes of one process: whole numbers, cut where two processes would be mixed.
+
+A rollout restarts engines, so counters start over and new series appear exactly when it matters. `rate()` bridges and
+extrapolates there; here a delta is the integer difference of two neighboring ticks of one process with one
+configuration, the whole of its counters when it began between them, or nothing. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import pairwise
+
+from optiinfra_pipelines.rollout.judge import ArmTick
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """A cumulative histogram as scraped: ascending upper bounds, the last +Inf, and the count at or under each."""
+
+    upper_bounds: tuple[float, ...]
+    cumulative: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ProcessPage:
+    """What one process told in one tick. None: it does not tell.
+
+    requests, failed: counters for the error gate. generation_tokens: counter for throughput.
+    """
+
+    process: str
+    started_at: datetime | None = None
+    config_hash: str | None = None
+    histograms: Mapping[str, Buckets] = field(default_factory=dict)
+    requests: float | None = None
+    failed: float | None = None
+    generation_tokens: float | None = None
+
+
+@dataclass(frozen=True)
+class ProcessDelta:
+    """What one process did in one tick: requests per signal and bound at or under it, and errors."""
+
+    histograms: Mapping[str, Buckets]
+    requests: int | None
+    failed: int | None
+    generation_tokens: float | None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A process whose tick does not count, and why."""
+
+    process: str
+    reason: str
+
+
+class CountTracker:
+    """Turns pages of successive ticks into deltas. One tracker for all processes of both arms."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, ProcessPage] = {}
+        self._has_looked = False
+
+    def observe(self, pages: Iterable[ProcessPage]) -> tuple[dict[str, ProcessDelta], tuple[Cut, ...]]:
+        """Deltas of the processes seen in this tick and in the one before it; and the cuts, each with its reason.
+
+        A process that misses a tick is cut in the next one too: its delta would span two, and a tick must be the same
+        stretch of time in both arms.
+        """
+        before, self._last = self._last, {page.process: page for page in pages}
+        had_looked, self._has_looked = self._has_looked, True
+        deltas: dict[str, ProcessDelta] = {}
+        cuts: list[Cut] = []
+        for process, page in self._last.items():
+            found = self._delta(before.get(process), page) if had_looked else "first look: nothing to subtract"
+            if isinstance(found, str):
+                cuts.append(Cut(process, found))
+            else:
+                deltas[process] = found
+        cuts += [Cut(process, "no page in this tick") for process in before if process not in self._last]
+        return deltas, tuple(cuts)
+
+    @staticmethod
+    def _delta(before: ProcessPage | None, now: ProcessPage) -> ProcessDelta | str:
+        if before is None:
+            return "no page in the tick before"
+        if before.config_hash != now.config_hash:
+            return f"its configuration changed from {before.config_hash} to {now.config_hash}"
+        is_restarted = before.started_at != now.started_at or _fell(before, now)
+        histograms = {}
+        for signal, buckets in now.histograms.items():
+            old = None if is_restarted else before.histograms.get(signal)
+            if old is not None and old.upper_bounds != buckets.upper_bounds:
+                return f"the bounds of {signal} changed"
+            counts = _whole(buckets.cumulative, old.cumulative if old else None)
+            if counts is None:
+                return f"{signal} is not a histogram of whole, rising counts"
+            histograms[signal] = Buckets(buckets.upper_bounds, counts)
+        requests = _counter(before.requests, now.requests, is_restarted)
+        failed = _counter(before.failed, now.failed, is_restarted)
+        if requests is not None and failed is not None and failed > requests:
+            return f"{failed} failures of {requests} requests"
+        tokens = _counter(before.generation_tokens, now.generation_tokens, is_restarted)
+        return ProcessDelta(histograms, requests, failed, tokens)
+
+
+def arm_tick(deltas: Iterable[ProcessDelta], bounds: Mapping[str, Iterable[float]]) -> ArmTick | None:
+    """The sum over an arm's processes: requests of each signal, those over each judged bound, and errors.
+
+    None when no process of the arm counts in this tick, or one of them lacks a judged bound: that is no data.
+    """
+    observed: dict[str, int] = {}
+    over: dict[str, dict[float, int]] = {}
+    requests = failed = 0
+    is_any = False
+    for delta in deltas:
+        is_any = True
+        for signal, wanted in bounds.items():
+            buckets = delta.histograms.get(signal)
+            if buckets is None:
+                return None
+            at_or_under = dict(zip(buckets.upper_bounds, buckets.cumulative, strict=True))
+            total = int(buckets.cumulative[-1])
+            observed[signal] = observed.get(signal, 0) + total
+            for bound in wanted:
+                if bound not in at_or_under:
+                    return None
+                per_bound = over.setdefault(signal, {})
+                per_bound[bound] = per_bound.get(bound, 0) + total - int(at_or_under[bound])
+        requests += delta.requests or 0
+        failed += delta.failed or 0
+    return ArmTick(observed, over, requests, failed) if is_any else None
+
+
+def _fell(before: ProcessPage, now: ProcessPage) -> bool:
+    """Whether any counter went down: a restart that the page's start time does not show."""
+    pairs = [
+        (before.requests, now.requests),
+        (before.failed, now.failed),
+        (before.generation_tokens, now.generation_tokens),
+    ]
+    pairs += [
+        (before.histograms[signal].cumulative[-1], buckets.cumulative[-1])
+        for signal, buckets in now.histograms.items()
+        if signal in before.histograms
+    ]
+    return any(old is not None and new is not None and new < old for old, new in pairs)
+
+
+def _counter(before: float | None, now: float | None, is_restarted: bool) -> int | None:
+    if now is None or (before is None and not is_restarted) or not math.isfinite(now):
+        return None
+    delta = now if is_restarted or before is None else now - before
+    return int(delta) if float(delta).is_integer() and delta >= 0 else None
+
+
+def _whole(now: tuple[float, ...], before: tuple[float, ...] | None) -> tuple[float, ...] | None:
+    """Bucket deltas when they are whole and rise with the bound; None when they cannot be counts of one process."""
+    counts = now if before is None else tuple(new - old for new, old in zip(now, before, strict=True))
+    rising = all(low <= high for low, high in pairwise(counts))
+    is_whole = all(math.isfinite(count) and count >= 0 and float(count).is_integer() for count in counts)
+    return counts if counts and rising and is_whole else None

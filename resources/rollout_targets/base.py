@@ -1,0 +1,125 @@
+"""What a rollout can act on: the one protocol of all targets, and the fencing token that guards every write.
+
+A target does what it is told and tells what is really so; it decides nothing. Every write carries the writer's token,
+and one lower than the highest ever seen is refused: an executor that was paused for a minute cannot undo what the
+watchdog did meanwhile.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class TargetError(Exception):
+    """The target did not do, or does not show, what was asked. The text says what was asked and what came back."""
+
+
+class StaleTokenError(TargetError):
+    """Somebody with a higher token owns the target now."""
+
+
+@dataclass(frozen=True)
+class Actual:
+    """What is really so at the target. None: the target cannot tell.
+
+    percent: candidate's share of new traffic by the weights in force. candidates, stable: replicas that are ready.
+    in_flight: requests at the candidate now.
+    """
+
+    percent: float
+    candidates: int | None
+    stable: int | None
+    in_flight: int | None
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+class RolloutTarget(Protocol):
+    """One deployment's traffic and its candidate replicas. Every method may be repeated; all raise TargetError."""
+
+    kind: str
+    # True: nothing real is touched and all counts are simulated.
+    is_simulated: bool
+
+    def observe(self) -> Actual:
+        """The state as the target itself reports it now."""
+        ...
+
+    def stable_replicas(self) -> int:
+        """Replicas that serve the deployment before the rollout."""
+        ...
+
+    def candidate_slots(self) -> int:
+        """Most candidate replicas that can run beside them."""
+        ...
+
+    def claim(self, token: int) -> None:
+        """Record a token as the highest, and what must be restored: the way back exists before the first change."""
+        ...
+
+    def start_candidates(self, count: int, flags: Mapping[str, str], token: int) -> None:
+        """Have `count` candidates run with these flags, without traffic as long as the share is 0."""
+        ...
+
+    def set_share(self, percent: float, token: int) -> None:
+        """Give candidates a share of new traffic. 0 restores the stable replicas' weights exactly."""
+        ...
+
+    def drain(self, token: int) -> bool:
+        """Keep new requests off the candidate; True once none is in flight."""
+        ...
+
+    def stop_candidates(self, token: int) -> None:
+        """End the candidates; only after a drain."""
+        ...
+
+    def promote(self, token: int) -> None:
+        """Make the candidates the stable replicas, and take the old ones out of service."""
+        ...
+
+
+class TokenFile:
+    """A small JSON file under a lock: the highest token, and whatever the target must remember beside it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    @contextmanager
+    def held(self, token: int) -> Iterator[dict[str, Any]]:
+        """The content, to be read and changed while no other process can; written back when the block ends well.
+
+        StaleTokenError when a higher token was seen. The lock is the kernel's and ends with the process.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_suffix(".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            content = self.read()
+            seen = int(content.get("token", 0))
+            if token < seen:
+                raise StaleTokenError(f"token {token} is stale; {seen} owns the target now")
+            content["token"] = token
+            self._write(content)
+            yield content
+            self._write(content)
+
+    def read(self) -> dict[str, Any]:
+        """The content without the lock; empty when nothing was written yet."""
+        try:
+            content: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        return content
+
+    def _write(self, content: Mapping[str, Any]) -> None:
+        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(content, file, sort_keys=True)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
