@@ -1,0 +1,40 @@
+"""What several test files share: the demo, run once for all of them."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+OPTIINFRA = str(Path(sys.executable).parent / "optiinfra")
+
+
+@dataclass(frozen=True)
+class DemoOnce:
+    """What `optiinfra demo --once` printed and kept."""
+
+    output: str
+    home: Path
+
+    @property
+    def read_copy(self) -> Path:
+        return self.home / "warehouse" / "read.duckdb"
+
+
+@pytest.fixture(scope="session")
+def demo_once(tmp_path_factory: pytest.TempPathFactory) -> DemoOnce:
+    """The main job, run as a person runs it, into a state folder of its own."""
+    home = tmp_path_factory.mktemp("demo")
+    done = subprocess.run(
+        [OPTIINFRA, "--home", str(home), "demo", "--once"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=home,  # it must not matter where one stands
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return DemoOnce(done.stdout, home / "demo")
