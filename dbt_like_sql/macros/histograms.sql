@@ -129,7 +129,10 @@ create or replace macro repaired_interval(q, repaired) as
                 histogram_place(k_.h.counts, greatest(1, floor(k_.q * k_.h.counts[-1])))
             ),
             'upper': k_.h.edges[
-                histogram_place(k_.h.counts, least(k_.h.counts[-1], floor(k_.q * (k_.h.counts[-1] - 1)) + 2))
+                histogram_place(k_.h.counts, least(k_.h.counts[-1], ceil(greatest(
+                    k_.q * (k_.h.counts[-1] + 1),
+                    k_.q * (k_.h.counts[-1] - 1) + 1
+                ))))
             ]
         } end
     )[1];

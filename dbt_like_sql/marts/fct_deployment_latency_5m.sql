@@ -13,17 +13,24 @@ replicas as (
 
 ),
 
+fleet as (
+
+    select target, deployment from stg_fleet_targets
+
+),
+
 placed as (
 
+    -- The deployment it had then; where no scrape told, the one fleet.yaml gives it now.
     select
-        coalesce(replicas.deployment, dim_targets.deployment) as deployment,
+        coalesce(replicas.deployment, fleet.deployment) as deployment,
         latencies.*
 
     from latencies
 
     left join replicas using (target, period_at)
 
-    left join dim_targets using (target)
+    left join fleet using (target)
 
 ),
 

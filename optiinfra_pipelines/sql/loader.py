@@ -291,8 +291,14 @@ def _model(draft: Draft, columns: tuple[ModelColumn, ...], times: Mapping[str, s
         tests=tuple(_named(test) for test in (*_implied_tests(spec, columns), *spec.tests)),
         depends_on=draft.depends_on,
         times={name: times[name] for name in draft.depends_on if name in times},
-        fingerprint=hashlib.sha256(draft.sql.encode()).hexdigest()[:16],
+        fingerprint=_fingerprint(draft.sql, columns),
     )
+
+
+def _fingerprint(sql: str, columns: tuple[ModelColumn, ...]) -> str:
+    """Changes with the SQL, and with the columns: a `select *` returns others when what it reads has changed."""
+    shape = [f"{column.name} {column.sql_type}" for column in columns]
+    return hashlib.sha256("\n".join([sql, *shape]).encode()).hexdigest()[:16]
 
 
 def _implied_tests(spec: ModelSpec, columns: tuple[ModelColumn, ...]) -> Iterator[DataTest]:

@@ -93,7 +93,7 @@ class Model(Noun):
     `step_seconds`: width of one row in time (60, 300, 3600), to which windows are rounded out; 0 for raw rows.
     `retention`: the layer of fleet.yaml's `retention` that says how long rows live: minute, five_minute, hour.
     `times`: of what it reads, the relations that have a time column, with that column's name.
-    `fingerprint` changes whenever the SQL does.
+    `fingerprint` changes whenever the SQL or its columns do.
     """
 
     name: str

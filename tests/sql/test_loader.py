@@ -150,6 +150,19 @@ def test_what_a_query_reads_comes_from_the_parser(sql: str, reads: tuple[str, ..
         assert relations_read(con, sql, table_macros()) == reads
 
 
+def test_a_star_over_a_changed_model_is_a_changed_model(folder: Path) -> None:
+    """`select *` reads the same and returns other columns: the stored view has to be made anew."""
+    above = "fct_above: {description: One row per target., materialized: view, grain: [target], like: [fct_toy]}\n"
+    (folder / "marts" / "marts.yml").write_text(ENTRY + above)
+    (folder / "marts" / "fct_above.sql").write_text("select * from fct_toy")
+    before = load_models(folder)["fct_above"].fingerprint
+    more = ENTRY + "    novelty: {description: New.}\n" + above
+    (folder / "marts" / "marts.yml").write_text(more)
+    (folder / "marts" / "fct_toy.sql").write_text(SQL.replace("select", "select 1 as novelty,"))
+
+    assert load_models(folder)["fct_above"].fingerprint != before
+
+
 def test_models_come_after_all_that_they_read(models: Models) -> None:
     """The order is one in which each model can be built."""
     seen = set(raw_tables())
