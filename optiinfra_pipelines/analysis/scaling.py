@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from datetime import datetime
+from statistics import NormalDist
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
-from scipy.stats import norm
 
 from optiinfra_pipelines.domain.fleet import Frozen, Positive
 from optiinfra_pipelines.domain.scaling import Capacity, ScalingAdvice, TargetRatio
@@ -69,7 +69,7 @@ def breach_probability(outlook: LoadOutlook, carried_per_second: float) -> float
     distance = math.log(carried_per_second / outlook.p50)
     if spread == 0:
         return 0.0 if distance >= 0 else 1.0
-    return float(norm.sf(distance / spread))
+    return 1 - NormalDist().cdf(distance / spread)
 
 
 def recommend_scaling(
