@@ -17,8 +17,9 @@ from dagster._core.definitions.metadata import RawMetadataValue
 # What Dagster takes as the value of one metadata entry; it has no public name for it.
 Metadata = RawMetadataValue
 
-# A row of the preview is stored in the event log with every materialization: a few say enough.
-PREVIEW_ROWS = 5
+# The preview is stored three times in the event log with every materialization: a glance, not the table.
+PREVIEW_ROWS = 3
+PREVIEW_COLUMNS = 8
 
 
 class ColumnLike(Protocol):
@@ -48,8 +49,8 @@ def table_metadata(name: str, columns: Mapping[str, ColumnLike]) -> dict[str, Me
 
 
 def preview(frame: pl.DataFrame) -> dg.TableMetadataValue:
-    """The first rows as a table in the UI. Lists and times become text, NULL stays empty."""
-    shown = frame.head(PREVIEW_ROWS)
+    """The first columns of the first rows as a table in the UI. Lists and times become text, NULL stays empty."""
+    shown = frame.select(frame.columns[:PREVIEW_COLUMNS]).head(PREVIEW_ROWS)
     records = [dg.TableRecord({key: _cell(value) for key, value in row.items()}) for row in shown.to_dicts()]
     schema = dg.TableSchema([dg.TableColumn(name, str(dtype)) for name, dtype in shown.schema.items()])
     return dg.MetadataValue.table(records, schema)
