@@ -340,8 +340,10 @@ def test_the_real_host_agrees_with_psutil() -> None:
     assert row["booted_at"] == datetime.fromtimestamp(psutil.boot_time(), UTC)
     assert row["memory_total_bytes"] == psutil.virtual_memory().total
     assert row["swap_total_bytes"] == psutil.swap_memory().total
-    assert before[0].idle <= float(str(row["cpu_idle_seconds_total"])) <= after[0].idle
-    assert before[0].user + before[0].nice <= float(str(row["cpu_user_seconds_total"])) <= after[0].user + after[0].nice
+    # psutil's seconds are quotients of ticks: their sums are off by less than a tick's millionth.
+    idle, user = float(str(row["cpu_idle_seconds_total"])), float(str(row["cpu_user_seconds_total"]))
+    assert before[0].idle - 1e-6 <= idle <= after[0].idle + 1e-6
+    assert before[0].user + before[0].nice - 1e-6 <= user <= after[0].user + after[0].nice + 1e-6
     for name, card in devices(frames, "network").items():
         assert before[1][name].bytes_recv <= float(str(card["read_bytes_total"])) <= after[1][name].bytes_recv
     for name, disk in devices(frames, "disk").items():
