@@ -49,13 +49,17 @@ class InsightStore:
     def __init__(self, warehouse: Warehouse) -> None:
         self._warehouse = warehouse
 
-    def find(self, evidence_hash: str) -> Insight | None:
-        """The insight that a model wrote on exactly this evidence."""
-        return self._newest("evidence_hash = ?", [evidence_hash])
-
-    def find_alike(self, subjects_hash: str, written_after: datetime) -> Insight | None:
-        """The newest one by a model about the same claims, whose numbers may have moved since."""
-        return self._newest("subjects_hash = ? and written_at > ?", [subjects_hash, written_after])
+    def find(self, evidence_hash: str, subjects_hash: str, alike_after: datetime) -> Insight | None:
+        """What a model wrote on exactly this evidence, else the newest since `alike_after` on the same claims."""
+        with self._warehouse.connect() as connection:
+            connection.execute(_TABLES)
+            row = connection.execute(
+                "select insight from insights where writer = 'model' "
+                "and (evidence_hash = $exact or (subjects_hash = $alike and written_at > $after)) "
+                "order by evidence_hash = $exact desc, written_at desc limit 1",
+                {"exact": evidence_hash, "alike": subjects_hash, "after": alike_after},
+            ).fetchone()
+        return Insight.model_validate_json(row[0]) if row else None
 
     def keep(self, insight: Insight) -> None:
         """Store one; what is older than KEEP goes, and of the template's, made anew at each refresh, all but the last."""
@@ -127,15 +131,6 @@ class InsightStore:
             connection.execute(_TABLES)
             connection.execute("delete from insight_pauses")
             connection.execute("insert into insight_pauses values (?, ?)", [until, reason])
-
-    def _newest(self, where: str, params: list[object]) -> Insight | None:
-        with self._warehouse.connect() as connection:
-            connection.execute(_TABLES)
-            row = connection.execute(
-                f"select insight from insights where writer = 'model' and {where} order by written_at desc limit 1",
-                params,
-            ).fetchone()
-        return Insight.model_validate_json(row[0]) if row else None
 
 
 def _spent(connection: duckdb.DuckDBPyConnection, now: datetime) -> Spent:

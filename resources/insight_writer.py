@@ -106,7 +106,7 @@ class InsightWriter:
         if not self._key.get_secret_value():
             return self._template(pack, key, subjects, "GROQ_API_KEY is not set", attempt)
         now = self._clock()
-        kept = self._store.find(key) or self._store.find_alike(subjects, now - REFRESH_AFTER)
+        kept = self._store.find(key, subjects, now - REFRESH_AFTER)
         if kept is not None:
             return kept
         until = self._store.paused_until(now)
