@@ -250,7 +250,7 @@ def _check_deployment(document: Document, path: KeyPath, deployment: Mapping[str
         if kind in _LATENCIES and "threshold_seconds" not in objective:
             message = f"a {kind} objective needs threshold_seconds, the latency that still counts as good"
             document.complain(here, message)
-        elif kind in ("error_ratio", "availability") and "threshold_seconds" in objective:
+        elif kind in ("error_ratio", "availability", "goodput") and "threshold_seconds" in objective:
             document.complain((*here, "threshold_seconds"), f"means nothing for {kind}; remove it")
 
 

@@ -49,7 +49,9 @@ class Target(Frozen):
 class Objective(Frozen):
     """A promise about one deployment: at least `target_ratio` of requests good over `window_days`."""
 
-    kind: Literal["ttft", "tpot", "itl", "e2e", "error_ratio", "availability"]
+    kind: Literal["ttft", "tpot", "itl", "e2e", "error_ratio", "availability", "goodput"] = Field(
+        description="goodput: all latency objectives of the deployment kept at once; known as bounds only."
+    )
     target_ratio: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
     threshold_seconds: Positive | None = Field(
         default=None, description="Bound of a latency objective; none for the others."
