@@ -14,11 +14,12 @@ create or replace macro promql_samples(times, vals, window_start, window_end) as
         ))
     )[1];
 
--- What a counter lost in resets: the value before each decrease.
+-- What a counter lost in resets: the value before each decrease. NaN is neither more nor less than any number in
+-- PromQL; DuckDB sorts it above all, so that a sample after a NaN must not look like a reset.
 create or replace macro promql_lost_in_resets(samples) as
     coalesce(list_sum(list_transform(
         list_zip(samples[1:-2], samples[2:]),
-        lambda p_: case when p_[2].v < p_[1].v then p_[1].v else 0 end
+        lambda p_: case when p_[2].v < p_[1].v and not isnan(p_[1].v) then p_[1].v else 0 end
     )), 0);
 
 -- Growth over the window, carried to the window's edges as far as the rules let it.

@@ -82,6 +82,14 @@ def test_a_range_is_open_on_the_left(macros: duckdb.DuckDBPyConnection) -> None:
     assert ranged(macros, "increase", [(0, 5), (60, 6)], 0, 60) is None
 
 
+def test_a_value_that_is_not_a_number_is_no_reset(macros: duckdb.DuckDBPyConnection) -> None:
+    """PromQL compares with NaN as IEEE does; DuckDB sorts it above every number. Checked with Prometheus 2.42."""
+    samples = [(0.0, 10.0), (15.0, math.nan), (30.0, 14.0), (45.0, 16.0)]
+
+    assert same(ranged(macros, "increase", samples, -1, 45), 6 * 46 / 45)
+    assert math.isnan(ranged(macros, "increase", samples, -1, 15) or 0)
+
+
 def test_unknown_values_and_other_windows_are_left_out(macros: duckdb.DuckDBPyConnection) -> None:
     """A NULL is a scrape without the series, and samples outside the window are not the caller's to remove."""
     query = """
