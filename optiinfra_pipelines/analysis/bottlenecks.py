@@ -212,17 +212,18 @@ def _behind_frontend(window: EngineWindow, values: Values) -> Queue | None:
         slots, running = step.gauge("max_running_requests"), step.gauge("requests_running")
         return running - slots * workers if slots and running is not None else 0.0
 
-    found = []
-    for run in stretches(window.steps, lambda step: excess(step) >= 1, values["stale_after_seconds"]):
+    def queues(run: Stretch) -> bool:
         total, count = run.observed("time_to_first_token_seconds")
-        finished = run.grown("requests_finished_total")
         if count >= values["sustained_requests"]:
-            if total / count >= limit:
-                found.append(run)
-        elif finished and run.shown_seconds >= values["sustained_seconds"]:
-            queued = sum(excess(step) for step in run.steps) / len(run.steps)
-            if queued / (finished / run.seconds) >= limit:
-                found.append(run)
+            return total / count >= limit
+        finished = run.grown("requests_finished_total")
+        if not finished or not _is_crowded(run, values, workers):
+            return False
+        queued = sum(max(0.0, excess(step)) for step in run.steps) / len(run.steps)
+        return queued / (finished / run.seconds) >= limit
+
+    runs = stretches(window.steps, lambda step: excess(step) >= 1, values["stale_after_seconds"])
+    found = [run for run in runs if queues(run)]
     joined = _joined(window.steps, found)
     if joined is None:
         return None
@@ -232,6 +233,15 @@ def _behind_frontend(window: EngineWindow, values: Values) -> Queue | None:
     because = f"more than the batch slots of {workers} worker{'s' if workers > 1 else ''}{told}"
     wait = queued / (finished / joined.seconds) if finished else None
     return Queue(joined, "workers_full", because, wait, _is_growing(joined, "requests_running"))
+
+
+def _is_crowded(run: Stretch, values: Values, workers: int) -> bool:
+    """More in flight than slots for long enough: by the gauge, or by the mean that durations tell (Little 1961)."""
+    if run.shown_seconds >= values["sustained_seconds"]:
+        return True
+    total, count = run.observed("request_duration_seconds")
+    slots = run.mean("max_running_requests")
+    return slots is not None and count >= values["sustained_requests"] and total / run.seconds > slots * workers
 
 
 def slot_limit(window: EngineWindow) -> float | None:
