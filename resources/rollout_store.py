@@ -11,23 +11,17 @@ prolongs one. Not here: what may follow what (`optiinfra_pipelines.rollout.machi
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sqlite3
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from optiinfra_pipelines.domain.rollouts import (
-    HOLDING,
     Approval,
     EventKind,
     PauseReason,
-    Position,
     Proposal,
     Rollout,
     RolloutEvent,
@@ -35,36 +29,13 @@ from optiinfra_pipelines.domain.rollouts import (
 )
 from optiinfra_pipelines.rollout.machine import PENDING, Input, Refusal, transition
 from optiinfra_pipelines.rollout.proposal import proposal_hash
+from resources.rollout_clock import Moment
+from resources.rollout_log import NO_HASH, SCHEMA, Line, append, chain
 
 # A writer waits so long for another one; writes take milliseconds, so more than this is a stuck disk.
 BUSY_SECONDS = 10.0
-_NO_HASH = "0" * 64
-_SCHEMA = f"""
-create table if not exists rollouts (
-    rollout_id text primary key,
-    deployment text not null,
-    state text not null,
-    row text not null,
-    version integer not null,
-    token integer not null,
-    owner text,
-    boot_id text,
-    renewed_at real
-) strict;
-create unique index if not exists one_rollout_holds_a_deployment on rollouts (deployment)
-    where state in ({", ".join(f"'{state}'" for state in sorted(HOLDING))});
-create table if not exists rollout_events (
-    seq integer primary key,
-    rollout_id text not null references rollouts (rollout_id),
-    line text not null,
-    hash text not null
-) strict;
-create index if not exists events_of_a_rollout on rollout_events (rollout_id, seq);
-create trigger if not exists events_are_never_changed before update on rollout_events
-    begin select raise(abort, 'rollout_events is append-only'); end;
-create trigger if not exists events_are_never_deleted before delete on rollout_events
-    begin select raise(abort, 'rollout_events is append-only'); end;
-"""
+# The owner that keeps a rollout safe between two executors.
+WATCHDOG = "watchdog"
 
 
 class RolloutError(Exception):
@@ -77,24 +48,6 @@ class ConflictError(RolloutError):
 
 class LeaseLostError(RolloutError):
     """Another owner holds the rollout now; whoever gets this must not touch the target again."""
-
-
-@dataclass(frozen=True)
-class Moment:
-    """A moment on both clocks. at: wall clock, UTC, for people. seconds: since boot of host `boot_id`, for ages."""
-
-    at: datetime
-    seconds: float
-    boot_id: str = "test"
-
-
-def now_here() -> Moment:
-    """The present moment of this host. The boot clock also counts while the host sleeps."""
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return Moment(datetime.now(UTC), time.clock_gettime(time.CLOCK_BOOTTIME), boot_id)
-
-
-Clock = Callable[[], Moment]
 
 
 class RolloutStore:
@@ -128,9 +81,9 @@ class RolloutStore:
     def broken_link(self) -> int | None:
         """seq of the first event that does not follow from the one before it; None when the log is whole."""
         with self._connect() as connection:
-            before = _NO_HASH
+            before = NO_HASH
             for seq, line, digest in connection.execute("select seq, line, hash from rollout_events order by seq"):
-                if digest != _chain(before, line):
+                if digest != chain(before, line):
                     return int(seq)
                 before = digest
         return None
@@ -161,9 +114,9 @@ class RolloutStore:
                 "insert into rollouts (rollout_id, deployment, state, row, version, token) values (?, ?, ?, ?, 0, 0)",
                 [rollout.rollout_id, rollout.deployment, rollout.position.state, rollout.model_dump_json()],
             )
-            event = _Event(proposal.requester, "transition", proposal.reason, run_id=run_id)
+            event = Line(proposal.requester, "transition", proposal.reason, run_id=run_id)
             event.evidence = {"proposal_hash": rollout.proposal_hash, "proposal": proposal.model_dump(mode="json")}
-            _log(connection, rollout, now, event, to_position=PENDING)
+            append(connection, rollout, now, event, to_position=PENDING)
         return rollout
 
     def move(
@@ -203,8 +156,8 @@ class RolloutStore:
                 }
             )
             _save(connection, moved)
-            event = _Event(actor, "transition", reason, dict(evidence or {}), run_id)
-            _log(connection, moved, now, event, from_position=present.position, to_position=after)
+            event = Line(actor, "transition", reason, dict(evidence or {}), run_id)
+            append(connection, moved, now, event, from_position=present.position, to_position=after)
         return moved
 
     def note(
@@ -226,14 +179,15 @@ class RolloutStore:
         with self._transaction() as connection:
             present = _row(connection, rollout_id)
             _require(present, present.version, token)
-            _log(connection, present, now, _Event(actor, kind, reason, dict(evidence or {}), run_id))
+            append(connection, present, now, Line(actor, kind, reason, dict(evidence or {}), run_id))
 
     # --- the lease -----------------------------------------------------------------------------------
 
     def acquire(self, rollout_id: str, owner: str, now: Moment, *, run_id: str | None = None) -> Rollout:
         """Take the lease with a higher token. RolloutError while another owner's lease is alive.
 
-        The same owner asking again keeps its token: the ops of one run are one owner.
+        The same owner asking again keeps its token: the ops of one run are one owner. The watchdog holds a rollout only
+        until a new executor comes.
         """
         with self._transaction() as connection:
             present = _row(connection, rollout_id)
@@ -244,9 +198,11 @@ class RolloutStore:
                     [now.seconds, now.boot_id, rollout_id],
                 )
                 return present
-            if present.owner is not None and age is not None and age <= self.lease_seconds:
+            is_alive = present.owner is not None and age is not None and age <= self.lease_seconds
+            if is_alive and present.owner != WATCHDOG:
                 raise RolloutError(
-                    f"rollout {rollout_id} is executed by {present.owner}, seen {age:.0f} s ago; two may not act on it"
+                    f"rollout {rollout_id} is executed by {present.owner}, seen {age or 0:.0f} s ago; "
+                    "two may not act on it"
                 )
             reason = f"{owner} took the lease" + (f" from {present.owner}" if present.owner else "")
             return self._hand_over(connection, present, owner, now, reason, run_id)
@@ -275,7 +231,16 @@ class RolloutStore:
                 released = present.model_copy(update={"owner": None, "run_id": None, "version": present.version + 1})
                 _save(connection, released)
                 connection.execute("update rollouts set renewed_at = null where rollout_id = ?", [rollout_id])
-                _log(connection, released, now, _Event(present.owner, "lease", "released", run_id=present.run_id))
+                append(connection, released, now, Line(present.owner, "lease", "released", run_id=present.run_id))
+
+    def settle(self, rollout_id: str, token: int, now: Moment, *, actor: str) -> None:
+        """Record that a completed rollout's candidates are the stable replicas now."""
+        with self._transaction() as connection:
+            present = _row(connection, rollout_id)
+            _require(present, present.version, token)
+            settled = present.model_copy(update={"is_settled": True, "version": present.version + 1})
+            _save(connection, settled)
+            append(connection, settled, now, Line(actor, "result", "the candidates are the stable replicas"))
 
     def count_attempt(self, rollout: Rollout) -> Rollout:
         """One more executor was lost."""
@@ -293,15 +258,17 @@ class RolloutStore:
     def _hand_over(
         self, connection: sqlite3.Connection, present: Rollout, owner: str, now: Moment, reason: str, run_id: str | None
     ) -> Rollout:
+        # One count for all rollouts: a target outlives a rollout, and the next one's tokens must be higher still.
+        (highest,) = connection.execute("select max(token) from rollouts").fetchone()
         taken = present.model_copy(
-            update={"owner": owner, "run_id": run_id, "token": present.token + 1, "version": present.version + 1}
+            update={"owner": owner, "run_id": run_id, "token": int(highest) + 1, "version": present.version + 1}
         )
         _save(connection, taken)
         connection.execute(
             "update rollouts set owner = ?, renewed_at = ?, boot_id = ? where rollout_id = ?",
             [owner, now.seconds, now.boot_id, present.rollout_id],
         )
-        _log(connection, taken, now, _Event(owner, "lease", reason, run_id=run_id))
+        append(connection, taken, now, Line(owner, "lease", reason, run_id=run_id))
         return taken
 
     @contextmanager
@@ -327,19 +294,10 @@ class RolloutStore:
             connection.execute("pragma foreign_keys = on")
             if is_new or not connection.execute("select 1 from sqlite_master where name = 'rollout_events'").fetchone():
                 connection.execute("pragma journal_mode = wal")
-                connection.executescript(f"begin immediate; {_SCHEMA} commit;")
+                connection.executescript(f"begin immediate; {SCHEMA} commit;")
             yield connection
         finally:
             connection.close()
-
-
-@dataclass
-class _Event:
-    actor: str
-    kind: EventKind
-    reason: str
-    evidence: dict[str, Any] | None = None
-    run_id: str | None = None
 
 
 def _row(connection: sqlite3.Connection, rollout_id: str) -> Rollout:
@@ -385,39 +343,3 @@ def _lease_age(connection: sqlite3.Connection, rollout_id: str, now: Moment) -> 
     if owner is None or renewed is None:
         return None
     return float("inf") if boot_id != now.boot_id else max(0.0, now.seconds - float(renewed))
-
-
-def _log(
-    connection: sqlite3.Connection,
-    rollout: Rollout,
-    now: Moment,
-    event: _Event,
-    *,
-    from_position: Position | None = None,
-    to_position: Position | None = None,
-) -> None:
-    line = json.dumps(
-        {
-            "rollout_id": rollout.rollout_id,
-            "at": now.at.isoformat(),
-            "actor": event.actor,
-            "kind": event.kind,
-            "from_position": str(from_position) if from_position else None,
-            "to_position": str(to_position) if to_position else None,
-            "reason": event.reason,
-            "evidence": event.evidence or {},
-            "run_id": event.run_id,
-            "token": rollout.token,
-        },
-        sort_keys=True,
-        default=str,
-    )
-    last = connection.execute("select hash from rollout_events order by seq desc limit 1").fetchone()
-    connection.execute(
-        "insert into rollout_events (rollout_id, line, hash) values (?, ?, ?)",
-        [rollout.rollout_id, line, _chain(last[0] if last else _NO_HASH, line)],
-    )
-
-
-def _chain(before: str, line: str) -> str:
-    return hashlib.sha256(f"{before}\n{line}".encode()).hexdigest()

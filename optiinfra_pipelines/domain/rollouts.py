@@ -114,6 +114,9 @@ class RolloutPlan(Frozen):
         default=0.01, description="Chance that a harmless candidate fails a step."
     )
     min_requests: Annotated[int, Field(ge=1)] = 300
+    warm_up_seconds: NonNegativeFloat = Field(
+        default=60.0, description="After each growth of the share: cold caches and fresh connections are not judged."
+    )
     latency_signals: tuple[str, ...] = ("time_to_first_token_seconds", "time_per_output_token_seconds")
     candidate_replicas: Annotated[int, Field(ge=1)] = 1
     expected_kv_tokens: Positive | None = Field(
@@ -179,7 +182,8 @@ class Step(Frozen):
 class Rollout(Frozen):
     """The row. version moves by one with every change; token only ever grows, and the higher one owns the target.
 
-    attempts: executors that were lost while they held it. run_id: Dagster run of the present owner.
+    attempts: executors that were lost while they held it. run_id: Dagster run of the present owner. is_settled: after
+    COMPLETED, the old replicas are out of service and the candidates are the stable ones.
     """
 
     proposal: Proposal
@@ -192,6 +196,7 @@ class Rollout(Frozen):
     run_id: str | None = None
     token: NonNegativeInt = 0
     attempts: NonNegativeInt = 0
+    is_settled: bool = False
     updated_at: AwareDatetime
 
     @property

@@ -121,6 +121,9 @@ def arm_tick(deltas: Iterable[ProcessDelta], bounds: Mapping[str, Iterable[float
         is_any = True
         for signal, wanted in bounds.items():
             buckets = delta.histograms.get(signal)
+            if buckets is None and not delta.histograms:
+                # A gateway's own counters: requests and failures, no latency.
+                continue
             if buckets is None:
                 return None
             at_or_under = dict(zip(buckets.upper_bounds, buckets.cumulative, strict=True))

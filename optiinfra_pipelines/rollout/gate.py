@@ -192,6 +192,10 @@ def _policy_refusal(rollout: Rollout, now: datetime, policy: RolloutPolicy, othe
     if found:
         return "; ".join(found)
     holding = [other for other in others if other.position.state in HOLDING and other.rollout_id != rollout.rollout_id]
+    for other in others:
+        is_unsettled = other.position.state is RolloutState.COMPLETED and not other.is_settled
+        if other.deployment == rollout.deployment and is_unsettled:
+            return f"rollout {other.rollout_id} is completed, its old replicas are not out of service yet"
     for other in holding:
         if other.deployment == rollout.deployment:
             return f"deployment {rollout.deployment} is held by rollout {other.rollout_id} ({other.position})"

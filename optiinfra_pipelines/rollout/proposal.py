@@ -26,9 +26,9 @@ def same_person(one: str, other: str) -> bool:
 
 
 def _person(name: str) -> str:
-    """Compatibility form, without case, marks, spaces and invisible characters."""
+    """Letters and digits alone, in compatibility form and without case."""
     decomposed = unicodedata.normalize("NFKD", name).casefold()
-    return "".join(letter for letter in decomposed if unicodedata.category(letter)[0] in "LNPS")
+    return "".join(letter for letter in decomposed if unicodedata.category(letter)[0] in "LN")
 
 
 def faults(proposal: Proposal, policy: RolloutPolicy) -> list[str]:

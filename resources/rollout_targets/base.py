@@ -79,8 +79,8 @@ class RolloutTarget(Protocol):
         """End the candidates; only after a drain."""
         ...
 
-    def promote(self, token: int) -> None:
-        """Make the candidates the stable replicas, and take the old ones out of service."""
+    def promote(self, rollout_id: str, token: int) -> None:
+        """Make the candidates the stable replicas and take the old ones out of service; once for each rollout_id."""
         ...
 
 

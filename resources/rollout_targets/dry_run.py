@@ -58,8 +58,12 @@ class DryRunTarget:
     def stop_candidates(self, token: int) -> None:
         self._do(token, {"candidates": 0}, "stop the candidate replicas")
 
-    def promote(self, token: int) -> None:
-        self._do(token, {"percent": 0.0, "candidates": 0}, "make the candidates the stable replicas, stop the old ones")
+    def promote(self, rollout_id: str, token: int) -> None:
+        self._do(
+            token,
+            {"percent": 0.0, "candidates": 0, "promoted": rollout_id},
+            "make the candidates the stable replicas, stop the old ones",
+        )
 
     def _do(self, token: int, change: Mapping[str, Any], would: str) -> None:
         with self._state.held(token) as state:

@@ -1,0 +1,209 @@
+"""Everything rollouts are done with in one process: the store, the targets of a fleet, executors, and people's moves.
+
+`Rollouts` is what jobs and sensors hold. It decides nothing: who may do what is `rollout.gate`, what may follow what
+is `rollout.machine`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from optiinfra_pipelines.domain.fleet import Fleet
+from optiinfra_pipelines.domain.rollout_policy import RolloutPolicy
+from optiinfra_pipelines.domain.rollouts import PauseReason, Proposal, Rollout, RolloutState
+from optiinfra_pipelines.rollout import gate
+from optiinfra_pipelines.rollout.machine import Input
+from optiinfra_pipelines.rollout.proposal import faults
+from resources.rollout_clock import Clock, Moment, now_here
+from resources.rollout_executor import Executor
+from resources.rollout_ports import Feed, Staging
+from resources.rollout_rehearsal import RehearsalClock, SimulatedFeed, SimulatedStaging
+from resources.rollout_store import RolloutError, RolloutStore
+from resources.rollout_targets import RolloutTarget
+from resources.rollout_targets.dry_run import DryRunTarget
+
+STORE_FILE = "rollouts.sqlite"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one rollout is executed with."""
+
+    target: RolloutTarget
+    feed: Feed
+    staging: Staging
+
+
+@dataclass(frozen=True)
+class Pace:
+    """The clock and the wait of one execution: real, or running ahead in a rehearsal."""
+
+    clock: Clock
+    sleep: Callable[[float], None]
+
+
+class Rollouts:
+    """Rollouts of one fleet. root: folder of their state, made when first written to."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        policy: RolloutPolicy,
+        root: Path,
+        *,
+        environ: Mapping[str, str],
+        clock: Clock = now_here,
+    ) -> None:
+        self.fleet = fleet
+        self.policy = policy
+        self.root = Path(root)
+        self.clock = clock
+        self.store = RolloutStore(self.root / STORE_FILE, policy.lease_seconds)
+        self._environ = environ
+
+    def all(self) -> list[Rollout]:
+        """Every rollout, oldest first; none, without touching the disk, where none was ever proposed."""
+        return self.store.all() if self.store.path.exists() else []
+
+    # --- parts ---------------------------------------------------------------------------------------
+
+    def parts(self, row: Rollout) -> Parts:
+        """Target, counts and staging of a rollout. RolloutError when its target is not available here."""
+        settings = self.policy.of(row.deployment)
+        if row.proposal.target == "dry_run":
+            dry = DryRunTarget(row.deployment, settings.dry_run, self.root / "dry_run")
+            return Parts(dry, SimulatedFeed(dry, settings.dry_run), SimulatedStaging())
+        raise RolloutError(f"target {row.proposal.target} of rollout {row.rollout_id} is not available here")
+
+    def executor(self, rollout_id: str, owner: str, run_id: str | None = None) -> Executor:
+        """A new executor; nothing is touched before its `begin`."""
+        parts = self.parts(self.store.get(rollout_id))
+        return Executor(
+            self.store,
+            rollout_id,
+            owner=owner,
+            target=parts.target,
+            feed=parts.feed,
+            staging=parts.staging,
+            policy=self.policy,
+            stamp=self.clock,
+            run_id=run_id,
+        )
+
+    def pace(self, target: RolloutTarget) -> Pace:
+        """Real time, or a rehearsal's."""
+        if not target.is_simulated:
+            return Pace(self.clock, time.sleep)
+        rehearsal = RehearsalClock(self.clock())
+        return Pace(rehearsal, rehearsal.sleep)
+
+    # --- people's moves --------------------------------------------------------------------------------
+
+    def propose(self, proposal: Proposal, run_id: str | None = None) -> Rollout:
+        """Enter a proposal. RolloutError with every fault and its remedy."""
+        found = faults(proposal, self.policy)
+        known = [deployment.name for deployment in self.fleet.deployments]
+        if proposal.target != "dry_run" and proposal.change.deployment not in known:
+            listed = ", ".join(known) or "none"
+            found.append(f"fleet.yaml has no deployment {proposal.change.deployment}; these are: {listed}")
+        if found:
+            raise RolloutError(f"the proposal is not fit: {'; '.join(found)}")
+        return self.store.propose(proposal, self.clock(), run_id)
+
+    def approve(
+        self, rollout_id: str, approver: str, stated_hash: str, comment: str, code: str, run_id: str | None
+    ) -> Rollout:
+        """One person's word for one exact proposal. RolloutError with the reason of a refusal, which is logged."""
+        row, now = self.store.get(rollout_id), self.clock()
+        refusal = gate.approval_refusal(
+            row,
+            approver=approver,
+            stated_hash=stated_hash,
+            code=code,
+            now=now.at,
+            policy=self.policy,
+            environ=self._environ,
+            others=[other for other in self.store.all() if other.rollout_id != rollout_id],
+        )
+        if refusal is not None:
+            self._refuse(row, approver, f"not approved: {refusal}", now, run_id)
+        approval = gate.approve(row, approver, now.at, self.policy, comment, code)
+        reason = comment or f"approved by {approver}"
+        return self.store.move(
+            row, Input.APPROVE, actor=approver, reason=reason, now=now, approval=approval, run_id=run_id
+        )
+
+    def reject(self, rollout_id: str, person: str, comment: str, run_id: str | None) -> Rollout:
+        """A proposal that is not to be carried out."""
+        return self._move(rollout_id, Input.REJECT, person, comment, run_id)
+
+    def pause(self, rollout_id: str, person: str, comment: str, run_id: str | None) -> Rollout:
+        """Hold a rollout where it is; its guards stay awake."""
+        return self._move(rollout_id, Input.PAUSE, person, comment, run_id, PauseReason.OPERATOR)
+
+    def resume(self, rollout_id: str, person: str, comment: str, run_id: str | None) -> Rollout:
+        """Go on: the step runs again from its start, with fresh counts."""
+        return self._move(rollout_id, Input.RESUME, person, comment, run_id)
+
+    def abort(self, rollout_id: str, person: str, comment: str, run_id: str | None) -> Rollout:
+        """End a rollout: withdrawn before its start, FAILED with traffic off at once after it. Always allowed."""
+        row = self._move(rollout_id, Input.ABORT, person, comment, run_id)
+        return self.take_back(row, person, run_id) if row.position.state is RolloutState.FAILED else row
+
+    def roll_back(self, rollout_id: str, person: str, comment: str, run_id: str | None) -> Rollout:
+        """Take a rollout back. A completed one becomes a new proposal with the flags exchanged, free of freezes."""
+        row = self.store.get(rollout_id)
+        if row.position.state is RolloutState.COMPLETED:
+            return self._propose_reverse(row, person, comment, run_id)
+        if row.position.state is RolloutState.FAILED:
+            return self.take_back(row, person, run_id)
+        return self.abort(rollout_id, person, comment, run_id)
+
+    def _propose_reverse(self, row: Rollout, person: str, comment: str, run_id: str | None) -> Rollout:
+        now = self.clock()
+        change, old = row.proposal.change, row.proposal
+        before = {**dict.fromkeys(change.proposed), **change.current}
+        reverse = old.model_copy(
+            update={
+                "rollout_id": f"{row.deployment}-{now.at:%Y%m%d-%H%M%S}-back",
+                "change": change.model_copy(update={"current": change.proposed, "proposed": before}),
+                "requester": person,
+                "reason": comment or f"takes back {row.rollout_id}",
+                "undoes": row.rollout_id,
+                "created_at": now.at,
+            }
+        )
+        return self.propose(reverse, run_id)
+
+    def take_back(self, row: Rollout, person: str, run_id: str | None) -> Rollout:
+        """Begin the way back of a failed rollout here and now, whoever executed it. One look; others follow."""
+        owner = f"{person}:{run_id or 'rollback'}"
+        self.store.fence(row.rollout_id, owner, self.clock(), f"{person} takes it back")
+        executor = self.executor(row.rollout_id, owner, run_id)
+        executor.begin(self.clock())
+        executor.step(self.clock())
+        return self.store.get(row.rollout_id)
+
+    def _move(
+        self,
+        rollout_id: str,
+        given: Input,
+        person: str,
+        comment: str,
+        run_id: str | None,
+        pause: PauseReason | None = None,
+    ) -> Rollout:
+        if not person.strip():
+            raise RolloutError("say who you are; the log keeps who did what")
+        row = self.store.get(rollout_id)
+        reason = comment or f"{given} by {person}"
+        return self.store.move(
+            row, given, actor=person.strip(), reason=reason, now=self.clock(), pause=pause, run_id=run_id
+        )
+
+    def _refuse(self, row: Rollout, actor: str, reason: str, now: Moment, run_id: str | None) -> None:
+        self.store.note(row.rollout_id, "refused", reason, actor=actor or "nobody", now=now, run_id=run_id)
+        raise RolloutError(f"rollout {row.rollout_id} is {reason}")

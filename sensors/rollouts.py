@@ -1,0 +1,77 @@
+"""The two sensors of rollouts: one launches what was approved, one keeps safe what nobody executes.
+
+Each asks a resource and returns what it found. The rules are `resources.rollout_watchdog` and `rollout.gate`.
+"""
+
+import dagster as dg
+
+from optiinfra_pipelines.defs.rollout_run import ROLLOUT_TAG
+from optiinfra_pipelines.domain.rollouts import RolloutState
+from resources.rollout_desk import Rollouts
+from resources.rollout_watchdog import RunState, Watchdog
+
+# The daemon looks every 5 s and skips a sensor whose interval is not over.
+_INTERVAL_SECONDS = 4
+
+
+def rollout_sensors(rollouts: Rollouts) -> list[dg.SensorDefinition]:
+    """`dispatch_rollouts` and `watch_rollouts`, running from the first start."""
+    return [_dispatch(rollouts), _watch(rollouts)]
+
+
+def _dispatch(rollouts: Rollouts) -> dg.SensorDefinition:
+    @dg.sensor(
+        name="dispatch_rollouts",
+        job_name="execute_rollout",
+        minimum_interval_seconds=_INTERVAL_SECONDS,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Launches execute_rollout once for every approved rollout.",
+    )
+    def dispatch_rollouts(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+        approved = [row.rollout_id for row in rollouts.all() if row.position.state is RolloutState.APPROVED]
+        if not approved:
+            return dg.SkipReason("nothing is approved")
+        return dg.SensorResult(run_requests=[_request(rollout_id, f"{rollout_id}:execute") for rollout_id in approved])
+
+    return dispatch_rollouts
+
+
+def _watch(rollouts: Rollouts) -> dg.SensorDefinition:
+    @dg.sensor(
+        name="watch_rollouts",
+        job_name="execute_rollout",
+        minimum_interval_seconds=_INTERVAL_SECONDS,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Takes traffic off the candidate of a rollout that nobody executes, and finishes its way back.",
+    )
+    def watch_rollouts(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+        if not rollouts.all():
+            return dg.SkipReason("no rollout")
+        watched = Watchdog(rollouts, lambda run_id: _run_state(context.instance, run_id)).look()
+        for one in watched:
+            context.log.info("%s: %s", one.rollout_id, one.did)
+        if not watched:
+            return dg.SkipReason("every rollout is in good hands")
+        return dg.SensorResult(
+            run_requests=[_request(one.rollout_id, one.run_key) for one in watched if one.run_key],
+            skip_reason=dg.SkipReason("; ".join(f"{one.rollout_id}: {one.did}" for one in watched)),
+        )
+
+    return watch_rollouts
+
+
+def _request(rollout_id: str, run_key: str) -> dg.RunRequest:
+    return dg.RunRequest(
+        run_key=run_key,
+        run_config={"ops": {"take_rollout": {"config": {"rollout_id": rollout_id}}}},
+        tags={ROLLOUT_TAG: rollout_id},
+    )
+
+
+def _run_state(instance: dg.DagsterInstance, run_id: str) -> RunState:
+    run = instance.get_run_by_id(run_id)
+    if run is None:
+        return "unknown"
+    if run.status in (dg.DagsterRunStatus.CANCELED, dg.DagsterRunStatus.CANCELING):
+        return "canceled"
+    return "over" if run.is_finished else "alive"
