@@ -360,6 +360,14 @@ def test_a_state_directory_that_is_a_file_is_named(tmp_path: Path) -> None:
         Warehouse(tmp_path / "state", clock=lambda: NOW).append("1", scrapes("a"))
 
 
+@pytest.mark.parametrize("name", ["what?", "back\\slash"])
+def test_a_path_that_duckdb_misreads_is_named_before_anything_is_made(tmp_path: Path, name: str) -> None:
+    """DuckDB takes `?` for the start of options and a backslash for a separator; it fails at the first commit."""
+    with pytest.raises(WarehouseFileError, match="name another directory"):
+        Warehouse(tmp_path / name, clock=lambda: NOW).append("1", scrapes("a"))
+    assert not (tmp_path / name).exists()
+
+
 def test_the_file_is_written_in_the_format_of_the_oldest_supported_duckdb(warehouse: Warehouse) -> None:
     """DuckDB 2's own format, marker 999, cannot be opened by 1.5.5; number 68 can, by both."""
     warehouse.append("1", scrapes("a"))

@@ -25,6 +25,8 @@ _TEMPORARY = ".tmp"
 SPILL_FOLDER = "duckdb_temp"
 # How often a waiter asks again for the maintenance lock; a holder keeps it for tens of milliseconds to seconds.
 _POLL_SECONDS = 0.02
+# DuckDB reads a path from its first ? on as options (and puts the log's name before it), and \\ as a separator.
+_UNUSABLE_CHARACTERS = "?\\"
 
 
 def free_bytes(path: Path) -> int:
@@ -57,7 +59,12 @@ class Layout:
         return self.root / "spool"
 
     def prepare(self) -> None:
-        """Make the directories. WarehouseFileError when the root is a file or not writable."""
+        """Make the directories. WarehouseFileError when the root is a file, not writable, or no path for DuckDB."""
+        unusable = [character for character in _UNUSABLE_CHARACTERS if character in str(self.root)]
+        if unusable:
+            raise WarehouseFileError(
+                f"{self.root} has a {' and a '.join(unusable)} in it, which DuckDB cannot open; name another directory"
+            )
         try:
             for directory in (self.root, self.cold, self.spool):
                 directory.mkdir(parents=True, exist_ok=True)
