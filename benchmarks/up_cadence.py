@@ -13,6 +13,7 @@ import argparse
 import itertools
 import os
 import signal
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from pathlib import Path
 import dagster as dg
 import psutil
 
+# How long the hourly job keeps each part, in hours: PruneConfig's default, and KEEP_EVALUATIONS.
+KEEP_HOURS = {"ticks": 12, "evaluations": 2, "runs": 12, "events": 12}
 SENSORS = ("scrape_engines", "sample_gpus", "sample_hosts")
 
 
@@ -39,6 +42,19 @@ def cpu_seconds(root: psutil.Process) -> float:
 
 def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def stored_by_part(dagster_home: Path) -> dict[str, int]:
+    """Bytes of Dagster's records by what they are; pruning keeps each part for a time of its own."""
+    with sqlite3.connect(dagster_home / "schedules" / "schedules.db") as connection:
+        [(ticks,)] = connection.execute("select coalesce(sum(length(tick_body) + 700), 0) from job_ticks")
+        [(evaluations,)] = connection.execute(
+            "select coalesce(sum(length(asset_evaluation_body) + 100), 0) from asset_daemon_asset_evaluations"
+        )
+    runs = dagster_home / "history" / "runs"
+    shards = {path.name: path.stat().st_size for path in runs.glob("*.db")}
+    events = shards.pop("index.db", 0) + shards.pop(".db", 0)
+    return {"ticks": ticks, "evaluations": evaluations, "runs": sum(shards.values()), "events": events}
 
 
 def tick_times(dagster_home: Path, since: float) -> dict[str, list[float]]:
@@ -73,22 +89,27 @@ def main() -> None:
         begun, before = time.time(), cpu_seconds(root)
         time.sleep(60)
         warm_at, warm = time.time(), cpu_seconds(root)
-        stored = folder_bytes(dagster_home)
+        stored = stored_by_part(dagster_home)
         print(f"first minute: {(warm - before) / (warm_at - begun):.1%} of one core, every table built in it")
         time.sleep(given.minutes * 60)
         seconds, cpu = time.time() - warm_at, cpu_seconds(root) - warm
-        growth = folder_bytes(dagster_home) - stored
+        grown = {part: size - stored[part] for part, size in stored_by_part(dagster_home).items()}
         print(f"CPU of all processes over {seconds:.0f} s: {cpu / seconds:.1%} of one core ({cpu:.1f} s)")
-        print(
-            f"resident memory: {sum(p.memory_info().rss for p in [root, *root.children(recursive=True)]) / 2**20:.0f} MiB"
-        )
+        resident = sum(process.memory_info().rss for process in [root, *root.children(recursive=True)])
+        print(f"resident memory: {resident / 2**20:.0f} MiB")
         for name, times in tick_times(dagster_home, warm_at).items():
             gaps = [after - earlier for earlier, after in itertools.pairwise(times)]
             print(
                 f"{name}: {len(times)} ticks, gap mean {statistics.fmean(gaps):.2f} s, "
                 f"longest {max(gaps):.2f} s, sd {statistics.pstdev(gaps):.2f} s"
             )
-        print(f"Dagster's own storage grows by {growth / seconds * 86400 / 1e6:.0f} MB a day before pruning")
+        a_day = {part: size / seconds * 86400 / 1e6 for part, size in grown.items()}
+        steady = {part: a_day[part] * KEEP_HOURS[part] / 24 for part in a_day}
+        print(
+            f"Dagster's own storage: {sum(a_day.values()):.0f} MB written a day ("
+            + ", ".join(f"{part} {size:.0f}" for part, size in a_day.items())
+            + f"); pruned every hour it holds {sum(steady.values()):.0f} MB and grows no more"
+        )
         print(f"warehouse: {folder_bytes(home / 'warehouse') / 1e6:.1f} MB after {(time.time() - begun) / 60:.0f} min")
         print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores at the end")
     finally:
