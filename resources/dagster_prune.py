@@ -23,6 +23,8 @@ from dagster._core.storage.event_log.sqlite.sqlite_event_log import SqliteEventL
 REFRESH_TAG = {"optiinfra/kind": "refresh"}
 # Runs deleted by one call: each costs about 10 ms and the job should not hold a slot for long.
 MAX_RUNS = 2000
+# What the automation sensor saw at each look, 10 kB an asset: of interest while one wonders why nothing runs.
+KEEP_EVALUATIONS = timedelta(hours=2)
 
 _FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
 _RUNLESS_TYPES = ("ASSET_MATERIALIZATION", "ASSET_OBSERVATION")
@@ -51,6 +53,8 @@ def prune(instance: dg.DagsterInstance, *, now: datetime, keep: timedelta, keep_
     before = folder_bytes(home)
     cutoff = now - keep
     _prune_ticks(instance, cutoff, now - keep_failures)
+    if instance.schedule_storage is not None:
+        instance.schedule_storage.purge_asset_evaluations((now - min(keep, KEEP_EVALUATIONS)).timestamp())
     events = _prune_runless_events(storage, cutoff)
     runs = _prune_runs(instance, storage, cutoff, now - keep_failures)
     checks = _prune_check_results(storage, cutoff)
@@ -76,9 +80,6 @@ def _prune_ticks(instance: dg.DagsterInstance, cutoff: datetime, failure_cutoff:
         origin, selector = state.instigator_origin_id, state.selector_id
         instance.purge_ticks(origin, selector, cutoff.timestamp(), quiet)
         instance.purge_ticks(origin, selector, failure_cutoff.timestamp(), [TickStatus.FAILURE])
-    schedules = instance.schedule_storage
-    if schedules is not None:
-        schedules.purge_asset_evaluations(cutoff.timestamp())
 
 
 def _prune_runless_events(storage: SqliteEventLogStorage, cutoff: datetime) -> int:

@@ -15,16 +15,16 @@ import duckdb
 import polars as pl
 
 from optiinfra_pipelines.sql.data_tests import run_tests
-from optiinfra_pipelines.sql.models import Layer, Materialization, Model, Models, TestResult, Window
+from optiinfra_pipelines.sql.models import Materialization, Model, Models, TestResult, Window
 from optiinfra_pipelines.sql.refresh import OVERLAP, next_window, refresh, rewind
 from resources.warehouse import Warehouse
 
-PREVIEW_ROWS = 5
+NEWEST_ROWS = 3
 
 
 @dataclass(frozen=True)
 class Refreshed:
-    """What a refresh of one model did. `newest`: a few of its newest rows, for marts."""
+    """What a refresh of one model did. `newest`: a few of its newest rows, where asked for."""
 
     rows_written: int
     row_count: int | None
@@ -52,8 +52,8 @@ class ModelRunner:
                 rewind(connection, earliest)
         return earliest
 
-    def refresh(self, model: Model) -> Refreshed:
-        """Bring one model up to now. Collection gets its turn before and after."""
+    def refresh(self, model: Model, *, with_newest: bool = False) -> Refreshed:
+        """Bring one model up to now, and read back a few of its newest rows. Collection gets its turn in between."""
         now = self._clock()
         self._put_under_retention(model)
         with self._warehouse.connect() as connection:
@@ -63,7 +63,7 @@ class ModelRunner:
                 result.rows,
                 _row_count(connection, model) if model.is_stored else None,
                 result.seconds,
-                _newest(connection, model) if model.layer is Layer.MARTS else None,
+                _newest(connection, model) if with_newest else None,
             )
 
     def _put_under_retention(self, model: Model) -> None:
@@ -135,5 +135,5 @@ def _row_count(connection: duckdb.DuckDBPyConnection, model: Model) -> int:
 
 def _newest(connection: duckdb.DuckDBPyConnection, model: Model) -> pl.DataFrame:
     newest = f'order by "{model.time}" desc' if model.time else ""
-    frame: pl.DataFrame = connection.sql(f'select * from "{model.name}" {newest} limit {PREVIEW_ROWS}').pl()
+    frame: pl.DataFrame = connection.sql(f'select * from "{model.name}" {newest} limit {NEWEST_ROWS}').pl()
     return frame

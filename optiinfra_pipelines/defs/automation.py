@@ -19,7 +19,7 @@ def refresh_condition(minutes: int) -> dg.AutomationCondition[dg.AssetKey]:
     dependency made 20 kB of each. A refresh finds what is new by itself.
     """
     never_made = dg.AutomationCondition.missing() & ~dg.AutomationCondition.execution_failed()
-    due = dg.AutomationCondition.cron_tick_passed(cron(minutes)).since(dg.AutomationCondition.newly_requested())
+    due = dg.AutomationCondition.cron_tick_passed(cron(minutes))
     return ((never_made | due) & ~dg.AutomationCondition.in_progress()).with_label(f"every {minutes} min")
 
 
@@ -33,8 +33,7 @@ def rebuild_condition() -> dg.AutomationCondition[dg.AssetKey]:
 
 def hourly_condition() -> dg.AutomationCondition[Any]:
     """Data tests: once an hour, when the hour's first minutes are in."""
-    due = dg.AutomationCondition.cron_tick_passed("12 * * * *").since(dg.AutomationCondition.newly_requested())
-    return (due & ~dg.AutomationCondition.in_progress()).with_label("hourly")
+    return dg.AutomationCondition.cron_tick_passed("12 * * * *").with_label("hourly")
 
 
 def cron(minutes: int) -> str:

@@ -105,7 +105,7 @@ class Cadence(Frozen):
     """How often. Collection follows Dagster's daemon, which cannot look more often than every 5 s."""
 
     collect_seconds: Annotated[int, Field(ge=5, le=300)] = 5
-    refresh_minutes: Annotated[int, Field(ge=1, le=1440)] = 2
+    refresh_minutes: Annotated[int, Field(ge=1, le=1440)] = 5
     scrape_deadline_seconds: Annotated[float, Field(gt=0, le=30, allow_inf_nan=False)] = 2.5
     scrape_concurrency: Annotated[int, Field(ge=1, le=1000)] = 100
 
