@@ -7,10 +7,10 @@ How a window reaches the SQL: as the DuckDB variables `window_start` and `window
 `getvariable`. By hand: `set variable window_start = timestamptz '2026-11-20 10:00:00+00'`, the same for `window_end`,
 then the model's file as it is.
 
-What is new: each incremental model remembers how far it has come (`model_state.high_water_at`). The next window
-starts OVERLAP before that, because rows of one moment do not land at one moment, and ends now; the minute under way
-is filled as far as it has come, and redone next time. Rows that land later than that are announced with `rewind`.
-The first window begins with the oldest row that can be read.
+What is new: each incremental model remembers how far it has come (`model_state.high_water_at`: the moment of the
+refresh, not the end of the step under way). The next window starts OVERLAP before that, because rows of one moment do
+not land at one moment, and ends now; the step under way is filled as far as it has come, and redone next time. Rows
+that land later than that are announced with `rewind`. The first window begins with the oldest row that can be read.
 """
 
 from __future__ import annotations
@@ -39,8 +39,12 @@ OVERLAP = timedelta(minutes=2)
 # Steps replaced in one transaction: 1 h of minutes. Bounds the memory of a back-fill and the work a crash loses.
 CHUNK_STEPS = 60
 
-# Raw rows live two hours at the least, so a routine window shorter than this can always be made again in full.
+# Raw rows live two hours at the least, and the steps that hours are made from live for days, so a routine window
+# shorter than this can always be made again in full, rounded out to the whole steps that it touches.
 ALWAYS_READABLE = timedelta(hours=1)
+
+# A clock found set back was set back after the refresh before, which is at most the longest cadence ago.
+LONGEST_CADENCE = timedelta(days=1)
 
 _MACROS = "(macros)"
 
@@ -62,7 +66,7 @@ def refresh(con: duckdb.DuckDBPyConnection, model: Model, window: Window) -> Ref
     elif model.materialization is Materialization.INCREMENTAL:
         done = _readable(con, model, window, high_water)
         for chunk in _chunks(done, model.step_seconds) if done else ():
-            rows += _replace(con, model, chunk)
+            rows += _replace(con, model, chunk, min(chunk.end, window.end))
     return RefreshResult(model=model.name, rows=rows, seconds=time.perf_counter() - started, window=done)
 
 
@@ -76,10 +80,16 @@ def refresh_all(con: duckdb.DuckDBPyConnection, models: Models, now: datetime) -
 
 
 def next_window(con: duckdb.DuckDBPyConnection, model: Model, now: datetime) -> Window | None:
-    """What a refresh at `now` has to do; None where there is nothing to read yet, or no window to speak of."""
+    """What a refresh at `now` has to do; None where there is nothing to read yet, or no window to speak of.
+
+    A mark ahead of `now` means that the clock was set back: the mark goes back with it, and the last day is redone.
+    """
     if model.materialization is not Materialization.INCREMENTAL:
         return None
     high_water = _state(con).get(model.name, (None, None))[1]
+    if high_water and high_water > now:
+        con.execute("update model_state set high_water_at = ? where model = ?", [now, model.name])
+        return Window(start=now - LONGEST_CADENCE, end=now)
     start = high_water - OVERLAP if high_water else _edge(con, model, "min")
     return Window(start=min(start, now), end=now) if start else None
 
@@ -125,7 +135,7 @@ def _evolve(con: duckdb.DuckDBPyConnection, model: Model) -> None:
         con.execute(f'alter table "{model.name}" drop column "{gone}"')
 
 
-def _replace(con: duckdb.DuckDBPyConnection, model: Model, window: Window) -> int:
+def _replace(con: duckdb.DuckDBPyConnection, model: Model, window: Window, until: datetime) -> int:
     """Delete a window of a model and write it again, with the mark of how far it has come, in one transaction."""
     inside = f"\"{model.time}\" >= getvariable('window_start') and \"{model.time}\" < getvariable('window_end')"
     con.execute("begin transaction")
@@ -135,7 +145,7 @@ def _replace(con: duckdb.DuckDBPyConnection, model: Model, window: Window) -> in
         written = _count(con, f'insert into "{model.name}" by name select * from ({model.sql}) where {inside}')
         con.execute(
             "update model_state set high_water_at = greatest(coalesce(high_water_at, ?), ?) where model = ?",
-            [window.end, window.end, model.name],
+            [until, until, model.name],
         )
         con.execute("commit")
     except BaseException:
@@ -157,7 +167,7 @@ def _readable(
 ) -> Window | None:
     """The window in whole steps, without the past that is gone from what the model reads; None if all of it is."""
     rounded = window.rounded_out(model.step_seconds)
-    is_routine = rounded.end - rounded.start <= ALWAYS_READABLE and (not high_water or rounded.end >= high_water)
+    is_routine = window.end - window.start <= ALWAYS_READABLE and (not high_water or rounded.end >= high_water)
     if is_routine or not high_water:
         return rounded if rounded.start < rounded.end else None
     oldest = _edge(con, model, "max")

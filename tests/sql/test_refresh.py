@@ -100,6 +100,36 @@ def test_late_rows_are_caught_up_after_a_rewind(con: duckdb.DuckDBPyConnection, 
     assert con.execute("select sum(generation_tokens) from fct_replica_load_1h").fetchone() == (40 * 60 - 10,)
 
 
+def test_rows_inside_the_overlap_reach_hours_that_had_just_ended(
+    con: duckdb.DuckDBPyConnection, models: Models
+) -> None:
+    """Nearly two minutes late is not late: a refresh just after the hour leaves the hour open for the next one."""
+    hour = START + timedelta(hours=1)
+    scrape(con, hour - timedelta(minutes=10), hour - timedelta(seconds=110))
+    refresh_all(con, models, hour + timedelta(seconds=1))
+    scrape(con, hour - timedelta(seconds=110), hour + timedelta(minutes=3))
+    refresh_all(con, models, hour + timedelta(minutes=3))
+
+    with duckdb.connect() as other:
+        _copy_raw(con, other)
+        refresh_all(other, models, hour + timedelta(minutes=3))
+        assert everything(con, models) == everything(other, models)
+
+
+def test_a_clock_set_back_leaves_no_gap(con: duckdb.DuckDBPyConnection, models: Models) -> None:
+    """After an hour ahead by mistake, refreshes go on from the corrected time and miss no minute."""
+    scrape(con, START, START + timedelta(minutes=5))
+    refresh_all(con, models, START + timedelta(minutes=65))
+    for minutes in (10, 20):
+        scrape(con, START + timedelta(minutes=minutes - 5), START + timedelta(minutes=minutes + 5))
+        refresh_all(con, models, START + timedelta(minutes=minutes + 5))
+
+    with duckdb.connect() as other:
+        _copy_raw(con, other)
+        refresh_all(other, models, START + timedelta(minutes=25))
+        assert everything(con, models) == everything(other, models)
+
+
 def test_yesterday_can_be_rebuilt(con: duckdb.DuckDBPyConnection, models: Models) -> None:
     """A past window is made again from what is stored, and the mark of how far we are does not move."""
     scrape(con, START, START + timedelta(hours=3), every_seconds=60)
