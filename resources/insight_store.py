@@ -62,7 +62,7 @@ class InsightStore:
         return Insight.model_validate_json(row[0]) if row else None
 
     def keep(self, insight: Insight) -> None:
-        """Store one; what is older than KEEP goes, and of the template's, made anew at each refresh, all but the last."""
+        """Store one. What is older than KEEP goes; of the template's, made anew at each refresh, the last stays."""
         with self._warehouse.connect() as connection:
             connection.execute(_TABLES)
             connection.execute("delete from insights where written_at < ?", [insight.written_at - KEEP])
