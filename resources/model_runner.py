@@ -47,7 +47,7 @@ class ModelRunner:
         Returns the earliest late row, None when there was none. To be called before a refresh.
         """
         with self._warehouse.connect() as connection:
-            earliest = _earliest_late(connection)
+            earliest = _earliest_late(connection, self._clock())
             if earliest is not None:
                 rewind(connection, earliest)
         return earliest
@@ -108,21 +108,26 @@ def count_marts(read_copy: Path) -> int:
     return int(count)
 
 
-def _earliest_late(connection: duckdb.DuckDBPyConnection) -> datetime | None:
-    """The oldest row of the batches stored since the last look that came later than a refresh allows for."""
+def _earliest_late(connection: duckdb.DuckDBPyConnection, now: datetime) -> datetime | None:
+    """The oldest row of the batches stored since the last look that came later than a refresh allows for.
+
+    A look in the future is one before the clock was set back, and counts for nothing.
+    """
     connection.execute("create table if not exists late_rows_seen (until_at TIMESTAMPTZ)")
     row = connection.execute(
         """
         select min(earliest_at) filter (where earliest_at < stored_at - cast(? as interval)), max(stored_at)
         from store.batches
-        where stored_at > coalesce((select max(until_at) from late_rows_seen), timestamptz '1970-01-01 00:00:00+00')
+        where stored_at > coalesce(
+            (select max(until_at) from late_rows_seen where until_at <= ?), timestamptz '1970-01-01 00:00:00+00'
+        )
         """,
-        [OVERLAP],
+        [OVERLAP, now],
     ).fetchone()
     earliest, seen_until = row if row else (None, None)
     if seen_until is not None:
         connection.execute("delete from late_rows_seen")
-        connection.execute("insert into late_rows_seen values (?)", [seen_until])
+        connection.execute("insert into late_rows_seen values (?)", [min(seen_until, now)])
     late: datetime | None = earliest
     return late
 

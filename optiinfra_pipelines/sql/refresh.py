@@ -16,7 +16,7 @@ that land later than that are announced with `rewind`. The first window begins w
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 
 import duckdb
@@ -38,6 +38,9 @@ OVERLAP = timedelta(minutes=2)
 
 # Steps replaced in one transaction: 1 h of minutes. Bounds the memory of a back-fill and the work a crash loses.
 CHUNK_STEPS = 60
+
+# Up to here it costs less to make every chunk than to ask which have rows.
+FEW_CHUNKS = 4
 
 # Raw rows live two hours at the least, and the steps that hours are made from live for days, so a routine window
 # shorter than this can always be made again in full, rounded out to the whole steps that it touches.
@@ -65,7 +68,7 @@ def refresh(con: duckdb.DuckDBPyConnection, model: Model, window: Window) -> Ref
         rows = _count(con, f'select count(*) from "{model.name}"')
     elif model.materialization is Materialization.INCREMENTAL:
         done = _readable(con, model, window, high_water)
-        for chunk in _chunks(done, model.step_seconds) if done else ():
+        for chunk in _chunks(con, model, done) if done else ():
             rows += _replace(con, model, chunk, min(chunk.end, window.end))
     return RefreshResult(model=model.name, rows=rows, seconds=time.perf_counter() - started, window=done)
 
@@ -189,13 +192,30 @@ def _edge(con: duckdb.DuckDBPyConnection, model: Model, which: str) -> datetime 
     return edge
 
 
-def _chunks(window: Window, step_seconds: int) -> Iterator[Window]:
-    width = timedelta(seconds=step_seconds * CHUNK_STEPS)
-    start = window.start
-    while start < window.end:
-        end = min(start + width, window.end)
-        yield Window(start=start, end=end)
-        start = end
+def _chunks(con: duckdb.DuckDBPyConnection, model: Model, window: Window) -> list[Window]:
+    """The window in chunks. Of a long one only those with rows to read or to replace, and the last.
+
+    Rows of a host that booted with its clock at 1970 lie half a million empty chunks before today's.
+    """
+    width = timedelta(seconds=model.step_seconds * CHUNK_STEPS)
+    count = -((window.start - window.end) // width)
+    numbers: Iterable[int] = range(count)
+    if count > FEW_CHUNKS:
+        times = {**model.times, model.name: model.time}
+        rows = " union ".join(
+            f'select epoch_us("{column}") // 1000000 as second from "{name}" '
+            f"where \"{column}\" >= getvariable('window_start') and \"{column}\" < getvariable('window_end')"
+            for name, column in times.items()
+        )
+        _set_window(con, window)
+        found = con.execute(
+            f"select distinct (second - {int(window.start.timestamp())}) // {int(width.total_seconds())} from ({rows})"
+        ).fetchall()
+        numbers = sorted({count - 1, *(int(number) for (number,) in found)})
+    return [
+        Window(start=window.start + number * width, end=min(window.start + (number + 1) * width, window.end))
+        for number in numbers
+    ]
 
 
 def _state(con: duckdb.DuckDBPyConnection) -> dict[str, tuple[str | None, datetime | None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
@@ -128,6 +129,21 @@ def test_a_clock_set_back_leaves_no_gap(con: duckdb.DuckDBPyConnection, models: 
         _copy_raw(con, other)
         refresh_all(other, models, START + timedelta(minutes=25))
         assert everything(con, models) == everything(other, models)
+
+
+def test_rows_of_a_clock_that_began_in_1970_do_not_hold_up_today(
+    con: duckdb.DuckDBPyConnection, models: Models
+) -> None:
+    """The 57 empty years between two stretches of rows cost nothing, and both stretches are made."""
+    epoch = datetime(1970, 1, 1, tzinfo=UTC)
+    insert(con, "raw_scrapes", [{"scraped_at": epoch, "target": "a", "is_up": True}])
+    scrape(con, START, START + timedelta(minutes=5))
+    began = time.monotonic()
+    refresh_all(con, models, START + timedelta(minutes=5))
+
+    assert time.monotonic() - began < 30
+    minutes = con.execute("select min(minute_at), count(*), sum(scrape_count) from int_scrape_minutes").fetchall()
+    assert minutes == [(epoch, 6, 31)]
 
 
 def test_yesterday_can_be_rebuilt(con: duckdb.DuckDBPyConnection, models: Models) -> None:
