@@ -20,11 +20,13 @@ from optiinfra_pipelines.domain.fleet import Fleet
 from optiinfra_pipelines.domain.thresholds import threshold_values
 from optiinfra_pipelines.settings import Paths, find_paths, load_fleet
 from optiinfra_pipelines.sql.loader import load_models
+from resources.alert_outlet import AlertOutlet
 from resources.collectors import Collectors
 from resources.logs import configure_logging
 from resources.model_runner import ModelRunner
 from resources.warehouse import Warehouse
 from sensors.collection import collection_sensors
+from sensors.watch import alerts_asset, watch_sensor
 
 # Ticks of three sensors come every 5 s: one commit for what came in 12 s costs a fraction of one each. What waits is
 # on disk already, and every reader sees it.
@@ -53,11 +55,20 @@ def assemble(fleet: Fleet, paths: Paths, clock: Callable[[], datetime] = utc_now
     runner = ModelRunner(load_models(), warehouse, clock)
     jobs, schedules = maintenance(runner, warehouse, clock, fleet.retention)
     return dg.Definitions(
-        assets=[*raw_assets(), *model_assets(runner, warehouse, fleet.cadence.refresh_minutes)],
+        assets=[*raw_assets(), alerts_asset(), *model_assets(runner, warehouse, fleet.cadence.refresh_minutes)],
         asset_checks=[model_checks(runner)],
         jobs=jobs,
         schedules=schedules,
-        sensors=[*collection_sensors(collectors, warehouse, fleet.cadence.collect_seconds), automation_sensor()],
+        sensors=[
+            *collection_sensors(collectors, warehouse, fleet.cadence.collect_seconds),
+            watch_sensor(
+                collectors.recent,
+                AlertOutlet(fleet.alerts.webhook),
+                threshold_values(fleet.thresholds),
+                fleet.cadence.collect_seconds,
+            ),
+            automation_sensor(),
+        ],
         # One process per run: a process per step costs four times the CPU and every one of them opens the warehouse.
         executor=dg.in_process_executor,
     )

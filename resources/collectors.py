@@ -20,6 +20,7 @@ from resources.engine_scraper import EngineScraper
 from resources.gpus import GpuCollector
 from resources.hosts import HostCollector
 from resources.metrics_endpoint import MetricsEndpoints
+from resources.recent_scrapes import RecentScrapes
 from resources.telemetry import Exporter, ExporterTelemetry, TelemetrySource
 from resources.telemetry_prometheus import PrometheusHost, PrometheusTelemetry, SeriesOf
 
@@ -37,6 +38,7 @@ class Collectors:
         self._gpu_pids: tuple[int, ...] = ()
         self._has_told_fleet = False
         self._servers: list[PrometheusTelemetry] = []
+        self.recent = RecentScrapes(fleet)
 
     def scrape_engines(self, now: datetime) -> dict[str, pl.DataFrame]:
         """One tick over every target; with the first one, what fleet.yaml says, so that models can join it."""
@@ -44,6 +46,7 @@ class Collectors:
             scraper = self._scraper
             told, self._has_told_fleet = self._has_told_fleet, True
         frames = scraper.collect(now)
+        self.recent.remember(frames)
         return frames if told else frames | fleet_frames(self._fleet, now)
 
     def sample_gpus(self, now: datetime) -> dict[str, pl.DataFrame]:

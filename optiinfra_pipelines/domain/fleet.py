@@ -119,6 +119,14 @@ class Retention(Frozen):
     hour_days: Annotated[int, Field(ge=1)] = 730
 
 
+class Alerts(Frozen):
+    """Where alerts go beside the log and the UI."""
+
+    webhook: SecretStr | None = Field(
+        default=None, description="URL that takes Slack-compatible JSON, as ${NAME}: whoever has it can post."
+    )
+
+
 class Fleet(Frozen):
     """A whole fleet.yaml. Names are unique within their list; references resolve (checked by settings)."""
 
@@ -126,6 +134,7 @@ class Fleet(Frozen):
     deployments: tuple[Deployment, ...] = ()
     hosts: tuple[Host, ...] = ()
     prometheus: PrometheusServer | None = None
+    alerts: Alerts = Alerts()
     keep: tuple[str, ...] = Field(default=(), description="Families to keep verbatim from every target.")
     cadence: Cadence = Cadence()
     retention: Retention = Retention()

@@ -352,8 +352,45 @@ FINDINGS: tuple[Threshold, ...] = (
     ),
 )
 
+WATCH: tuple[Threshold, ...] = (
+    _threshold(
+        "watch_minimum_requests",
+        10.0,
+        "requests",
+        (1.0, 10_000.0),
+        "Under ten requests in the window one failure is a share that says nothing.",
+        _OURS,
+    ),
+    _threshold(
+        "watch_error_ratio",
+        0.2,
+        "ratio",
+        (0.01, 1.0),
+        "A fifth of all requests failing is an outage for somebody; smaller shares burn an objective's budget and are "
+        "told by its burn rate.",
+        "The hard-failure bound that canary rollbacks use too",
+    ),
+    _threshold(
+        "watch_queue_per_running",
+        4.0,
+        "waiting requests per running one",
+        (0.5, 1_000.0),
+        "Four full batches wait: a new request waits for four generations of them. A queue of three batches was "
+        "recorded under a steady closed-loop load that served everybody.",
+        _OURS,
+    ),
+    _threshold(
+        "watch_stall_seconds",
+        20.0,
+        "s",
+        (10.0, 30.0),
+        "Longer than the prefill of the longest recorded prompt with a batch before it; shorter than most clients wait.",
+        _OURS,
+    ),
+)
+
 THRESHOLDS: Mapping[str, Threshold] = MappingProxyType(
-    {threshold.name: threshold for threshold in (*COLLECTION, *FINDINGS)}
+    {threshold.name: threshold for threshold in (*COLLECTION, *FINDINGS, *WATCH)}
 )
 
 
