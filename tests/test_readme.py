@@ -67,10 +67,11 @@ def test_the_polars_example_gives_a_frame(demo_once: DemoOnce) -> None:
     assert frame.height > 0
 
 
-def test_the_fleet_example_is_valid() -> None:
-    [example] = blocks("yaml")
+def test_the_fleet_examples_are_valid() -> None:
+    fleet = parse_fleet("".join(blocks("yaml")), {"OPS_WEBHOOK": "http://127.0.0.1:9/hook"})
 
-    assert [target.name for target in parse_fleet(example, {}).targets] == ["chat-0"]
+    assert [target.name for target in fleet.targets] == ["chat-0"]
+    assert fleet.alerts.webhook is not None
 
 
 def test_every_picture_and_file_it_names_is_there() -> None:
