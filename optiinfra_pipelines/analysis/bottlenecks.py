@@ -26,13 +26,15 @@ KV_BOUND: tuple[QueueCause, str] = ("kv_bound", "the KV cache was full")
 @dataclass(frozen=True)
 class Stretch:
     """Steps in a row that share a condition. since: the first scrape that showed it, or the start of the step whose
-    counters did. until: the first scrape without it, None when the window ends with it.
+    counters did. until: the first scrape without it, None when the window ends with it. after: the step that follows,
+    in which requests finish that were there at the last of these scrapes.
     """
 
     steps: tuple[Step, ...]
     since: datetime
     until: datetime | None
     last_at: datetime
+    after: Step | None
 
     @property
     def counted_from(self) -> datetime:
@@ -44,14 +46,18 @@ class Stretch:
         """Between the first and the last scrape that showed it."""
         return (self.last_at - self.steps[0].end_at).total_seconds()
 
+    @property
+    def through(self) -> tuple[Step, ...]:
+        """Its steps and the one after."""
+        return (*self.steps, self.after) if self.after else self.steps
+
     def grown(self, counter: str) -> float | None:
         known = [growth for step in self.steps if (growth := step.grew(counter)) is not None]
         return sum(known) if known else None
 
     def observed(self, histogram: str) -> tuple[float, float]:
         """Sum and count of what a histogram observed; (0, 0) when nothing."""
-        made = [step.observed.get(histogram, (0.0, 0.0)) for step in self.steps]
-        return sum(total for total, _ in made), sum(count for _, count in made)
+        return observed(self.steps, histogram)
 
     def mean(self, gauge: str) -> float | None:
         known = [value for step in self.steps if (value := step.gauge(gauge)) is not None]
@@ -76,6 +82,12 @@ class Queue:
     is_growing: bool
 
 
+def observed(steps: Sequence[Step], histogram: str) -> tuple[float, float]:
+    """Sum and count of what a histogram observed over some steps; (0, 0) when nothing."""
+    made = [step.observed.get(histogram, (0.0, 0.0)) for step in steps]
+    return sum(total for total, _ in made), sum(count for _, count in made)
+
+
 def stretches(steps: Sequence[Step], holds: Callable[[Step], bool], longest_gap_seconds: float) -> list[Stretch]:
     """Runs of steps that hold; one step in between that does not is bridged, time that nobody looked at is not."""
     runs: list[list[int]] = []
@@ -95,8 +107,8 @@ def _unseen(steps: Sequence[Step]) -> float:
 
 def _stretch(steps: Sequence[Step], first: int, last: int) -> Stretch:
     held = tuple(steps[first : last + 1])
-    until = steps[last + 1].end_at if last + 1 < len(steps) else None
-    return Stretch(held, held[0].end_at, until, held[-1].end_at)
+    after = steps[last + 1] if last + 1 < len(steps) else None
+    return Stretch(held, held[0].end_at, after.end_at if after else None, held[-1].end_at, after)
 
 
 def memory_pressure(window: EngineWindow, values: Values) -> Stretch | None:
@@ -175,14 +187,21 @@ def _queues(run: Stretch, values: Values, window: EngineWindow) -> bool:
     if drain is not None:
         return drain >= limit
     # No request count to divide by (llama.cpp), or none finished: a queue as long as the batch doubles the latency.
-    running = run.mean("requests_running")
-    return running is not None and (run.mean("requests_waiting") or 0) >= max(running, 1.0)
+    longer = stretches(run.steps, _is_longer_than_batch, values["stale_after_seconds"])
+    return any(one.shown_seconds >= values["sustained_seconds"] for one in longer)
+
+
+def _is_longer_than_batch(step: Step) -> bool:
+    waiting, running = step.gauge("requests_waiting"), step.gauge("requests_running")
+    return waiting is not None and running is not None and waiting >= max(running, 1.0)
 
 
 def _waited(run: Stretch, values: Values, limit: float) -> bool:
-    """Requests that started in the stretch had waited too long, and they were many."""
-    total, count = run.observed("queue_seconds")
-    return count >= values["sustained_requests"] and total / count >= limit
+    """Requests that finished in the stretch or right after it had waited too long, and they were many."""
+    return any(
+        count >= values["sustained_requests"] and total / count >= limit
+        for total, count in (observed(steps, "queue_seconds") for steps in (run.steps, run.through))
+    )
 
 
 def _drain_seconds(run: Stretch) -> float | None:
@@ -216,32 +235,40 @@ def _behind_frontend(window: EngineWindow, values: Values) -> Queue | None:
         total, count = run.observed("time_to_first_token_seconds")
         if count >= values["sustained_requests"]:
             return total / count >= limit
-        finished = run.grown("requests_finished_total")
-        if not finished or not _is_crowded(run, values, workers):
+        speed = _finish_rate(run)
+        if not speed or not _is_crowded(run, values, workers):
             return False
         queued = sum(max(0.0, excess(step)) for step in run.steps) / len(run.steps)
-        return queued / (finished / run.seconds) >= limit
+        return queued / speed >= limit
 
     runs = stretches(window.steps, lambda step: excess(step) >= 1, values["stale_after_seconds"])
     found = [run for run in runs if queues(run)]
     joined = _joined(window.steps, found)
     if joined is None:
         return None
-    finished = joined.grown("requests_finished_total")
+    speed = _finish_rate(joined)
     queued = sum(max(0.0, excess(step)) for step in joined.steps) / len(joined.steps)
     told = "" if window.ready_replicas else " (the fewest there can be)"
     because = f"more than the batch slots of {workers} worker{'s' if workers > 1 else ''}{told}"
-    wait = queued / (finished / joined.seconds) if finished else None
+    wait = queued / speed if speed else None
     return Queue(joined, "workers_full", because, wait, _is_growing(joined, "requests_running"))
+
+
+def _finish_rate(run: Stretch) -> float | None:
+    """Requests finished a second over the stretch and the step after it, where they are counted."""
+    counted = [step for step in run.through if step.grew("requests_finished_total") is not None]
+    seconds = sum(step.seconds for step in counted)
+    return sum(step.grew("requests_finished_total") or 0 for step in counted) / seconds if seconds else None
 
 
 def _is_crowded(run: Stretch, values: Values, workers: int) -> bool:
     """More in flight than slots for long enough: by the gauge, or by the mean that durations tell (Little 1961)."""
     if run.shown_seconds >= values["sustained_seconds"]:
         return True
-    total, count = run.observed("request_duration_seconds")
     slots = run.mean("max_running_requests")
-    return slots is not None and count >= values["sustained_requests"] and total / run.seconds > slots * workers
+    total, count = observed(run.through, "request_duration_seconds")
+    seconds = sum(step.seconds for step in run.through if "request_duration_seconds" in step.observed)
+    return slots is not None and count >= values["sustained_requests"] and total / seconds > slots * workers
 
 
 def slot_limit(window: EngineWindow) -> float | None:

@@ -245,8 +245,7 @@ def _idle_held(window: GpuWindow, values: Values) -> Outcome:
         return "activity or memory is not exposed"
     if activity[1] > values["idle_activity_ratio"] or memory.value < values["idle_held_memory_ratio"]:
         return None
-    if window.requests:
-        return None
     words = f"{100 * memory.value:.1f} % of memory held and no activity for {window.minutes.height} minutes."
-    cause = "no_requests" if window.requests is not None else "no_activity"
+    # Requests of the host may be those of its other GPUs: they do not make this one busy.
+    cause = "no_requests" if window.requests == 0 else "no_activity"
     return _found(window, FindingKind.IDLE_HELD, cause, Severity.WARNING, words, activity[0], memory)

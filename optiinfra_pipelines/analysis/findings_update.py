@@ -23,7 +23,8 @@ def update_findings(
 
     previous: what the last update returned (closed ones that are too old to come back are dropped from the answer;
     the store keeps them). diagnoses: one for every subject that is watched; the findings of any other subject end. A
-    kind that could not be judged leaves its open findings as they are: nothing is closed for lack of data.
+    kind that could not be judged leaves its open findings as they are: nothing is closed for lack of data. What a
+    deeper finding of its subject now names as its consequence ends as a finding of its own.
     """
     close_after = timedelta(seconds=values["close_after_seconds"])
     reopen_within = timedelta(seconds=values["reopen_within_seconds"])
@@ -42,10 +43,11 @@ def update_findings(
             seen[key] = _merged(seen.get(key), one, reopen_within)
     for key, one in seen.items():
         known[key] = _merged(known.get(key), one, reopen_within)
+    absorbed = {(one.subject, effect.kind) for one in seen.values() for effect in one.consequences} - set(seen)
     standing = []
     for key, one in known.items():
         is_gone = (key in judged or key in seen) and now - one.last_seen_at >= close_after
-        if is_gone or key[0] not in watched:
+        if is_gone or key in absorbed or key[0] not in watched:
             standing.append(one.model_copy(update={"until": one.until or one.last_seen_at}))
         else:
             # Within the close time an end that the window showed is not believed yet.
