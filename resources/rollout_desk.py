@@ -9,21 +9,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from optiinfra_pipelines.domain.fleet import Fleet
-from optiinfra_pipelines.domain.rollout_policy import RolloutPolicy
-from optiinfra_pipelines.domain.rollouts import PauseReason, Proposal, Rollout, RolloutState
+from optiinfra_pipelines.domain.fleet import Fleet, Target
+from optiinfra_pipelines.domain.rollout_policy import HaproxySettings, RolloutPolicy
+from optiinfra_pipelines.domain.rollouts import NEEDS_QUALITY_GATE, PauseReason, Proposal, Rollout, RolloutState
 from optiinfra_pipelines.rollout import gate
 from optiinfra_pipelines.rollout.machine import Input
 from optiinfra_pipelines.rollout.proposal import faults
+from optiinfra_pipelines.rollout.quality import read_prompts
+from resources.engine_scraper import EngineScraper
+from resources.local_launcher import LocalLauncher
+from resources.metrics_endpoint import MetricsEndpoints
 from resources.rollout_clock import Clock, Moment, now_here
 from resources.rollout_executor import Executor
+from resources.rollout_feed import ScrapeFeed
 from resources.rollout_ports import Feed, Staging
 from resources.rollout_rehearsal import RehearsalClock, SimulatedFeed, SimulatedStaging
+from resources.rollout_staging import HttpStaging
 from resources.rollout_store import RolloutError, RolloutStore
 from resources.rollout_targets import RolloutTarget
 from resources.rollout_targets.dry_run import DryRunTarget
+from resources.rollout_targets.haproxy import HaproxyTarget
 
 STORE_FILE = "rollouts.sqlite"
 
@@ -76,7 +84,38 @@ class Rollouts:
         if row.proposal.target == "dry_run":
             dry = DryRunTarget(row.deployment, settings.dry_run, self.root / "dry_run")
             return Parts(dry, SimulatedFeed(dry, settings.dry_run), SimulatedStaging())
+        if row.proposal.target == "haproxy" and settings.haproxy is not None:
+            return self._haproxy(row, settings.haproxy, settings.quality_prompts)
         raise RolloutError(f"target {row.proposal.target} of rollout {row.rollout_id} is not available here")
+
+    def _haproxy(self, row: Rollout, settings: HaproxySettings, quality_prompts: str | None) -> Parts:
+        folder = self.root / "haproxy"
+        launcher = LocalLauncher(folder / "replicas")
+        target = HaproxyTarget(settings, folder, launcher)
+        servers = (*settings.stable, *settings.candidates)
+        scraped = Fleet(targets=tuple(Target(name=server.server, url=server.metrics) for server in servers))
+
+        @cache
+        def scraper() -> EngineScraper:
+            return EngineScraper(scraped, MetricsEndpoints.of_fleet(scraped))
+
+        is_alive = launcher.is_alive if settings.launch is not None else lambda _: None
+        feed = ScrapeFeed(
+            target,
+            lambda at: scraper().collect(at),
+            row.proposal.plan.latency_signals,
+            is_alive,
+            self.policy.look_seconds,
+        )
+        model = next((one.model for one in self.fleet.deployments if one.name == row.deployment), row.deployment)
+        prompts = read_prompts(Path(quality_prompts).read_text(encoding="utf-8")) if quality_prompts else []
+        needs_prompts = row.proposal.change.knob_group in NEEDS_QUALITY_GATE
+        staging = HttpStaging(target, model=model, prompts=prompts if needs_prompts else ())
+        return Parts(target, feed, staging)
+
+    def target(self, row: Rollout) -> RolloutTarget:
+        """What a rollout acts on."""
+        return self.parts(row).target
 
     def executor(self, rollout_id: str, owner: str, run_id: str | None = None) -> Executor:
         """A new executor; nothing is touched before its `begin`."""

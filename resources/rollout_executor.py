@@ -129,10 +129,10 @@ class Executor:
         self.token = row.token
         try:
             self._refuse_unless_executable(row, now)
-            self.target.claim(self.token)
-        except RolloutError:
+            self.target.claim(self.rollout_id, self.token)
+        except (RolloutError, TargetError) as error:
             self.store.release(self.rollout_id, self.token, self.stamp())
-            raise
+            raise RolloutError(f"rollout {self.rollout_id} cannot be executed: {error}") from error
         if row.position.state is RolloutState.APPROVED:
             row = self.move(row, Input.START, f"started with the approval of {_approver(row)}")
         elif row.position.state is RolloutState.IN_PROGRESS:
@@ -250,13 +250,20 @@ class Executor:
 
     def settle(self, row: Rollout, message: str) -> Progress:
         """After COMPLETED: the candidates become the stable replicas. Repeated until it is recorded as done."""
+        is_done = [False]
+
+        def promote() -> None:
+            is_done[0] = self.target.promote(row.rollout_id, self.token)
+
         try:
-            self.act("make the candidates the stable replicas", lambda: self.target.promote(row.rollout_id, self.token))
+            self.act("make the candidates the stable replicas", promote)
         except StaleTokenError:
             raise
         except TargetError as error:
             self.note("alert", f"completed, but the old replicas are not out of service: {error}")
             return Progress(row.position, True, f"{message}; not settled: {error}")
+        if not is_done[0]:
+            return Progress(row.position, False, f"{message}; the old replicas drain")
         self.store.settle(row.rollout_id, self.token, self.stamp(), actor=self.owner)
         return Progress(row.position, True, message)
 

@@ -88,8 +88,8 @@ class Watchdog:
         is_canceled = row.run_id is not None and self._run_state(row.run_id) == "canceled"
         fenced = self._store.fence(row.rollout_id, WATCHDOG, self._rollouts.clock(), why)
         try:
-            target = self._rollouts.parts(fenced).target
-            target.claim(fenced.token)
+            target = self._rollouts.target(fenced)
+            target.claim(fenced.rollout_id, fenced.token)
             target.set_share(0.0, fenced.token)
             percent = target.observe().percent
         except BaseException:

@@ -83,9 +83,9 @@ class Runs:
 
     @staticmethod
     def _is_within(progress: Progress, stages: tuple[Stage, ...]) -> bool:
-        """FAILED is within: the way back is watched to its end by the op that failed."""
+        """FAILED and COMPLETED are within: what follows them is watched to its end by the op they happened in."""
         position = progress.position
-        return position.state is RolloutState.FAILED or position.stage in stages
+        return position.state in (RolloutState.FAILED, RolloutState.COMPLETED) or position.stage in stages
 
     def _look(self, context: dg.OpExecutionContext, run: _Run, rollout_id: str) -> Progress:
         now = run.pace.clock()

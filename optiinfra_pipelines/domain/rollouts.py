@@ -83,7 +83,8 @@ TargetKind = Literal["dry_run", "haproxy", "kubernetes", "orchestrator"]
 class Change(Frozen):
     """Engine flags of one deployment, now and as proposed; without leading dashes.
 
-    A value of None means that the flag is absent, an empty text that it stands without a value.
+    A value of None means that the flag is absent, an empty text that it stands without a value. Flags of current that
+    proposed does not name stay as they are.
     """
 
     deployment: Name

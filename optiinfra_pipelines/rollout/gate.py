@@ -104,15 +104,15 @@ def step_refusal(
     frozen = freeze_of(rollout, now, policy)
     if frozen is not None:
         return PauseReason.FREEZE, frozen
-    increase = step.percent - present_percent
+    # A step that runs again after weight 0 is no rise beyond the plan: what counts is the share before it.
+    reached = max((one.percent for one in rollout.steps[: rollout.position.step]), default=0.0)
     radius = policy.blast_radius
-    limit = radius.max_first_percent if present_percent <= 0 else radius.max_increase_percent
-    # After weight 0 (a lost executor) the step's share was reached before: only the plan's own rises are limited.
-    planned = max((one.percent for one in rollout.steps[: rollout.position.step]), default=0.0)
-    if increase > limit and step.percent - planned > limit:
+    limit = radius.max_increase_percent if reached > 0 else radius.max_first_percent
+    increase = step.percent - max(reached, present_percent)
+    if increase > limit:
         return (
             PauseReason.BLAST_RADIUS,
-            f"the step adds {increase:g} percentage points to {present_percent:g} %, the blast radius allows {limit:g}",
+            f"the step adds {increase:g} percentage points, the blast radius allows {limit:g}",
         )
     return None
 

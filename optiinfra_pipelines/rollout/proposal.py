@@ -70,11 +70,9 @@ def change_faults(change: Change) -> list[str]:
 
 
 def changed_flags(change: Change) -> tuple[str, ...]:
-    """Flags whose value differs, as they are spelled in the proposal."""
+    """Proposed flags whose value differs from the present one, as they are spelled; those not named stay."""
     before = {plain(flag): value for flag, value in change.current.items()}
-    after = {plain(flag): value for flag, value in change.proposed.items()}
-    spelled = {plain(flag): flag for flag in (*change.current, *change.proposed)}
-    return tuple(sorted(spelled[flag] for flag in before | after if before.get(flag) != after.get(flag)))
+    return tuple(sorted(flag for flag, value in change.proposed.items() if before.get(plain(flag)) != value))
 
 
 def full_flags(change: Change) -> dict[str, str | None]:

@@ -59,8 +59,8 @@ class RolloutTarget(Protocol):
         """Most candidate replicas that can run beside them."""
         ...
 
-    def claim(self, token: int) -> None:
-        """Record a token as the highest, and what must be restored: the way back exists before the first change."""
+    def claim(self, rollout_id: str, token: int) -> None:
+        """Record a token as the highest, and for a new rollout what must be restored: the way back comes first."""
         ...
 
     def start_candidates(self, count: int, flags: Mapping[str, str], token: int) -> None:
@@ -79,8 +79,8 @@ class RolloutTarget(Protocol):
         """End the candidates; only after a drain."""
         ...
 
-    def promote(self, rollout_id: str, token: int) -> None:
-        """Make the candidates the stable replicas and take the old ones out of service; once for each rollout_id."""
+    def promote(self, rollout_id: str, token: int) -> bool:
+        """Make the candidates the stable replicas, once for each rollout_id. False while the old ones still drain."""
         ...
 
 

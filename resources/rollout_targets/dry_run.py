@@ -41,8 +41,8 @@ class DryRunTarget:
     def candidate_slots(self) -> int:
         return self._settings.stable_replicas
 
-    def claim(self, token: int) -> None:
-        self._do(token, {}, f"take the target with token {token}")
+    def claim(self, rollout_id: str, token: int) -> None:
+        self._do(token, {"rollout_id": rollout_id}, f"take the target with token {token}")
 
     def start_candidates(self, count: int, flags: Mapping[str, str], token: int) -> None:
         line = " ".join(f"--{flag}={value}" if value else f"--{flag}" for flag, value in flags.items())
@@ -58,12 +58,13 @@ class DryRunTarget:
     def stop_candidates(self, token: int) -> None:
         self._do(token, {"candidates": 0}, "stop the candidate replicas")
 
-    def promote(self, rollout_id: str, token: int) -> None:
+    def promote(self, rollout_id: str, token: int) -> bool:
         self._do(
             token,
             {"percent": 0.0, "candidates": 0, "promoted": rollout_id},
             "make the candidates the stable replicas, stop the old ones",
         )
+        return True
 
     def _do(self, token: int, change: Mapping[str, Any], would: str) -> None:
         with self._state.held(token) as state:
