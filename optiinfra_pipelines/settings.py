@@ -94,9 +94,12 @@ def parse_fleet(text: str, environ: Mapping[str, str], *, where: Path | str = "f
 
 def _read(path: Path) -> str:
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
+        # A pipe or /dev/stdin has no size to ask for, and /dev/zero has no end.
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
             raise _unreadable(path, f"is larger than {MAX_FILE_BYTES} bytes; is it the right file?")
-        return path.read_text(encoding="utf-8")
+        return content.decode("utf-8")
     except FileNotFoundError:
         remedy = "does not exist; set OPTIINFRA_FLEET to your fleet's file, or restore the fleet.yaml that is shipped"
         raise _unreadable(path, remedy) from None

@@ -38,6 +38,8 @@ _SECRET_SCHEME = re.compile(r"(?:bearer|basic|token|digest|apikey|negotiate)\s+\
 _SECRET_LOOKS = re.compile(r"(?=[^\s]*[0-9])(?=[^\s]*[A-Za-z])[A-Za-z0-9+/_.=\-]{24,}")
 _HEADER_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+\Z")
 _OUR_HEADERS = {"accept-encoding", "connection", "content-length", "transfer-encoding", "upgrade", "te", "expect"}
+# Any of these makes a host readable that is not this machine.
+_HOST_SOURCES = ("dcgm_exporter", "node_exporter", "gpu_series", "node_series")
 _URL_KEYS = ("url", "dcgm_exporter", "node_exporter")
 _BOUNDS = {
     "greater_than": ("gt", "more than"),
@@ -65,7 +67,7 @@ def explain(error: ErrorDetails, document: Document) -> tuple[KeyPath, str] | No
         return None
     key = next((part for part in reversed(path) if isinstance(part, str)), "")
     written = document.written.get(path)
-    may_hold_secret = "headers" in path or (key in _URL_KEYS and "@" in (written or ""))
+    may_hold_secret = "headers" in path or key == "webhook" or (key in _URL_KEYS and "@" in (written or ""))
     got = f"; got {_short(written)}" if written is not None and not may_hold_secret else ""
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
@@ -130,6 +132,7 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 def check_fleet(document: Document) -> None:
     """Add to `document.problems` what only the whole file shows. Works on whatever part of it is well-formed."""
+    _check_keys_without_value(document)
     lists = {name: _entries(document.value.get(name)) for name in ("targets", "deployments", "hosts")}
     for name, entries in lists.items():
         _check_names_are_unique(document, name, entries)
@@ -150,12 +153,32 @@ def check_fleet(document: Document) -> None:
             for key in _URL_KEYS:
                 if isinstance(entry.get(key), str):
                     _check_url(document, (name, index, key), str(entry[key]))
-    _check_hosts(document, lists["hosts"])
+    prometheus = document.value.get("prometheus")
+    _check_hosts(document, lists["hosts"], has_server=prometheus is not None)
+    if isinstance(prometheus, dict):
+        if isinstance(prometheus.get("url"), str):
+            _check_url(document, ("prometheus", "url"), str(prometheus["url"]))
+        if isinstance(prometheus.get("headers"), dict):
+            _check_headers(document, ("prometheus", "headers"), prometheus["headers"])  # type: ignore[arg-type]
+    alerts = document.value.get("alerts")
+    if isinstance(alerts, dict) and isinstance(alerts.get("webhook"), str):
+        _check_webhook(document, ("alerts", "webhook"), str(alerts["webhook"]))
     for index, deployment in lists["deployments"].items():
         _check_deployment(document, ("deployments", index), deployment)
     thresholds = document.value.get("thresholds")
     if isinstance(thresholds, dict):
         _check_thresholds(document, thresholds)
+
+
+def _check_keys_without_value(document: Document) -> None:
+    """A key that says nothing is left out of the values, and is wrong all the same where no such key is known."""
+    for path in document.silent:
+        *above, key = path
+        if path[0] == "thresholds" and len(path) == 2 and key not in THRESHOLDS:
+            document.complain(path, f"unknown threshold{did_you_mean(str(key), THRESHOLDS)}")
+        known = _fields(tuple(above))
+        if known and key not in known:
+            document.complain(path, f"unknown key{did_you_mean(str(key), known)}")
 
 
 def _entries(value: Value | None) -> dict[int, dict[str, Value]]:
@@ -226,13 +249,28 @@ def _check_url(document: Document, path: KeyPath, url: str) -> None:
         document.complain(path, "holds a secret in its query; URLs are shown, so give it as a header with ${NAME}")
 
 
-def _check_hosts(document: Document, hosts: Mapping[int, Mapping[str, Value]]) -> None:
+def _check_webhook(document: Document, path: KeyPath, url: str) -> None:
+    if "${" not in document.written.get(path, ""):
+        message = "is a secret in plain sight: whoever has the URL can post; put it into the environment as ${NAME}"
+        document.complain(path, message)
+    elif not url.startswith(("http://", "https://")):
+        document.complain(path, "stands for no URL; let its variable hold http:// or https:// and the rest")
+
+
+def _check_hosts(document: Document, hosts: Mapping[int, Mapping[str, Value]], *, has_server: bool) -> None:
     local: int | None = None
     for index, host in hosts.items():
         is_local = str(host.get("local", "false")).lower() not in _FALSE
-        if not is_local and "dcgm_exporter" not in host and "node_exporter" not in host:
-            message = "has nothing to read; add `local: true`, or the URL of a dcgm_exporter or node_exporter"
+        if not is_local and not any(key in host for key in _HOST_SOURCES):
+            message = (
+                "has nothing to read; add `local: true`, the URL of a dcgm_exporter or node_exporter, or its "
+                "gpu_series or node_series in the Prometheus server"
+            )
             document.complain(("hosts", index), message)
+        for key in ("gpu_series", "node_series"):
+            if key in host and not has_server:
+                message = "is asked of a Prometheus server, and none is named; add  prometheus: {url: http://host:9090}"
+                document.complain(("hosts", index, key), message)
         if is_local and local is not None:
             line = document.place(("hosts", local)).line
             document.complain(("hosts", index, "local"), f"the host on line {line} is this machine already; keep one")

@@ -49,7 +49,7 @@ class Document:
     """What fleet.yaml says.
 
     places: where each key path stands. written: each scalar as it stands there, before `${NAME}` was replaced, which is
-    all that a message may show. faulty: key paths already complained about.
+    all that a message may show. faulty: key paths already complained about. silent: keys without a value.
     """
 
     value: dict[str, Value] = field(default_factory=dict)
@@ -57,6 +57,7 @@ class Document:
     written: dict[KeyPath, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     faulty: set[KeyPath] = field(default_factory=set)
+    silent: list[KeyPath] = field(default_factory=list)
 
     def place(self, path: KeyPath) -> Place:
         """Where the key stands, or the nearest thing that holds it."""
@@ -84,6 +85,9 @@ def read_document(text: str, environ: Mapping[str, str]) -> Document:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         document.problems.append(_syntax_problem(error))
+        return document
+    except RecursionError:
+        document.problems.append(Problem(1, 1, "", "nests lists or mappings hundreds deep; is it the right file?"))
         return document
     except yaml.YAMLError as error:  # a character YAML forbids
         document.problems.append(Problem(1, 1, "", f"not YAML: {' '.join(str(error).split())}"))
@@ -169,6 +173,8 @@ class _Reader:
             value = self.read(value_node, here, above)
             if value is not None:
                 values[key] = value
+            elif value_node.tag == _NULL_TAG:
+                self._document.silent.append(here)
         return values
 
     def _scalar(self, node: yaml.Node, path: KeyPath) -> str | None:

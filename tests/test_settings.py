@@ -76,7 +76,11 @@ FAULTS = {
     "keep: [a]\nkeep: [b]\n": "2:1: keep: is written twice, first on line 1; keep one",
     # Keys
     "target: []": "1:1: target: unknown key; did you mean 'targets'?",
-    "zzz: 1": "1:1: zzz: unknown key; known: cadence, deployments, hosts,",
+    "zzz: 1": "1:1: zzz: unknown key; known: alerts, cadence, deployments, hosts,",
+    "cadance:": "1:1: cadance: unknown key; did you mean 'cadence'?",
+    "cadence: {colect_seconds: }": "1:11: cadence.colect_seconds: unknown key; did you mean 'collect_seconds'?",
+    "thresholds: {stale_after: }": "1:14: thresholds.stale_after: unknown threshold; did you mean 'stale_aft",
+    "keep: " + "[" * 5_000: "1:1: nests lists or mappings hundreds deep",
     "cadence:\n  colect_seconds: 5": "2:3: cadence.colect_seconds: unknown key; did you mean 'collect_seconds'?",
     "targets: [{name: a}]": "1:11: targets[0]: has no 'url'; add it: Full URL of the metrics page",
     "targets: {a: http://x/metrics}": "1:1: targets: wants a list: one '- ' line for each entry",
@@ -133,6 +137,14 @@ FAULTS = {
     TARGET + "    headers: {a: '${LINES}'}": "names ${LINES}, whose value has a line break",
     TARGET + "    headers: {a: '${A:-b}'}": "holds a ${ that is no ${NAME}",
     "targets: [{name: a, url: '${NOT_SET}'}]": "targets[0].url: names ${NOT_SET}",
+    "prometheus: {url: 'http://u:hunter2@x:9090'}": "prometheus.url: holds credentials; take them out",
+    "prometheus: {url: 'http://x:9090?token=hunter2'}": "prometheus.url: holds a secret in its query",
+    "prometheus: {url: 'http://x', headers: {Authorization: Bearer hunter2}}": "prometheus.headers.Authorization: look",
+    "prometheus: {url: 'http://x', headers: {'a b': c}}": "prometheus.headers.a b: is not a header's name",
+    "alerts: {webhook: 'https://hooks.example/hunter2'}": "alerts.webhook: is a secret in plain sight",
+    "alerts: {webhook: '${LINES}'}": "alerts.webhook: names ${LINES}",
+    # Series of a Prometheus server
+    "hosts: [{name: a, gpu_series: {label: Hostname, value: b}}]": "hosts[0].gpu_series: is asked of a Prometheus serv",
 }
 
 
@@ -144,6 +156,15 @@ def test_a_fault_is_named_with_its_place_and_remedy(text: str) -> None:
     assert said.startswith("fleet.yaml:")
     assert FAULTS[text] in said
     assert "hunter2" not in said
+
+
+def test_a_host_may_be_known_by_its_series_alone() -> None:
+    """The Prometheus server that a fleet already has is a source of its own."""
+    fleet = parse_fleet(
+        "prometheus: {url: 'http://server:9090'}\nhosts: [{name: a, node_series: {label: instance, value: b:9100}}]", {}
+    )
+
+    assert fleet.hosts[0].node_series is not None
 
 
 def test_all_faults_come_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
@@ -220,9 +241,14 @@ def test_a_variable_cannot_smuggle_credentials_into_a_url() -> None:
 
 
 def test_what_cannot_be_read_says_what_to_do(tmp_path: Path) -> None:
-    """A missing file, a folder and another encoding each have a remedy."""
+    """A missing file, a folder, another encoding and a file without end each have a remedy."""
     (tmp_path / "latin.yaml").write_bytes(b"keep: [\xe9]")
-    cases = {"none.yaml": "OPTIINFRA_FLEET", ".": "is a folder", "latin.yaml": "save it as UTF-8"}
+    cases = {
+        "none.yaml": "OPTIINFRA_FLEET",
+        ".": "is a folder",
+        "latin.yaml": "save it as UTF-8",
+        "/dev/zero": "is larger",
+    }
 
     for name, remedy in cases.items():
         with pytest.raises(SettingsError, match=remedy):
