@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cached_property
 from urllib.parse import urlsplit
 
@@ -16,7 +16,7 @@ import polars as pl
 
 from optiinfra_pipelines.domain.fleet import Fleet, Host
 from optiinfra_pipelines.sql.sources import raw_tables
-from resources.engine_scraper import EngineScraper
+from resources.engine_scraper import REPEAT_AFTER, EngineScraper
 from resources.gpus import GpuCollector
 from resources.hosts import HostCollector
 from resources.metrics_endpoint import MetricsEndpoints
@@ -36,18 +36,24 @@ class Collectors:
         self.clock = clock
         self._building = threading.RLock()
         self._gpu_pids: tuple[int, ...] = ()
-        self._has_told_fleet = False
+        self._told_fleet_at: datetime | None = None
+        self._loaded_at: datetime | None = None
         self._servers: list[PrometheusTelemetry] = []
         self.recent = RecentScrapes(fleet)
 
     def scrape_engines(self, now: datetime) -> dict[str, pl.DataFrame]:
-        """One tick over every target; with the first one, what fleet.yaml says, so that models can join it."""
+        """One tick over every target; with the first, and seldom again, what fleet.yaml says, so that models can join
+        it. The rows are the same each time, so that only a batch that was refused (a full disk) is made good.
+        """
         with self._building:
             scraper = self._scraper
-            told, self._has_told_fleet = self._has_told_fleet, True
+            is_told = self._told_fleet_at is not None and timedelta(0) <= now - self._told_fleet_at < REPEAT_AFTER
+            if not is_told:
+                self._told_fleet_at = now
+                self._loaded_at = self._loaded_at or now
         frames = scraper.collect(now)
         self.recent.remember(frames)
-        return frames if told else frames | fleet_frames(self._fleet, now)
+        return frames if is_told else frames | fleet_frames(self._fleet, self._loaded_at or now)
 
     def sample_gpus(self, now: datetime) -> dict[str, pl.DataFrame]:
         """One tick over every GPU of every host. Remembers which processes hold this host's."""
