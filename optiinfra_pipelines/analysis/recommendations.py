@@ -174,8 +174,8 @@ def _refused_by_history(recommendation: Recommendation, recent: Sequence[LedgerE
                 f"{earlier.change_text} {done} at {turned_at:%Y-%m-%d %H:%M} UTC: one knob is not turned both ways "
                 f"within {OPPOSITE_HOURS:g} h"
             )
-        if entry.state is LedgerState.APPLIED and earlier.knob != recommendation.knob:
-            return Refused(f"the effect of {earlier.change_text} is still being measured: one knob group at a time")
+        if entry.state is LedgerState.APPLIED:
+            return Refused(f"the effect of {earlier.change_text} is still being measured: one change at a time")
     return None
 
 

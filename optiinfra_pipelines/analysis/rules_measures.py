@@ -24,6 +24,7 @@ from optiinfra_pipelines.analysis.rules_limits import (
     MIN_WINDOW_SECONDS,
     WARM_UP_SECONDS,
 )
+from optiinfra_pipelines.domain.fleet import Engine
 
 # Gauges that add up over engine ranks, and those of which the fullest rank counts.
 _SUMMED = ("requests_running", "requests_waiting", "requests_waiting_deferred", "kv_cache_capacity_tokens")
@@ -115,7 +116,7 @@ class Measures:
     """One target over one window. values: by name, None when unknown. unusable: why no rule may use it, or None."""
 
     target: str
-    engine: str | None
+    engine: Engine | None
     vantage: str | None
     window_start: datetime
     window_end: datetime
@@ -286,8 +287,8 @@ def _measures(
     config_hash = guard["config_hash"]
     return Measures(
         target=target,
-        engine=_text(guard["engine"]),
-        vantage=_text(guard["vantage"]),
+        engine=guard["engine"],
+        vantage=guard["vantage"],
         window_start=start,
         window_end=end,
         config_hash=config_hash,
@@ -370,7 +371,3 @@ def _unusable(
         ),
     )
     return next((reason for is_so, reason in reasons if is_so), None)
-
-
-def _text(value: object) -> str | None:
-    return None if value is None else str(value)
