@@ -1,7 +1,7 @@
-"""Fetch the tables of a fleet report, from the live warehouse or from the copy for people.
+"""Fetch what a fleet report is made of, from the live warehouse or from the copy for people.
 
-Here: running `report_data.QUERIES`. A table that does not exist yet is None, so that a report can be had from the first
-minute on. Not here: what is made of them.
+Here: running `report_data.QUERIES`, and the claims that other assets have stored. A table that does not exist yet is
+None, so that a report can be had from the first minute on. Not here: what is made of it (`analysis.report_sections`).
 """
 
 from __future__ import annotations
@@ -9,35 +9,82 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
 import duckdb
 import polars as pl
 
-from optiinfra_pipelines.analysis.report_data import QUERIES
+from optiinfra_pipelines.analysis.report_data import QUERIES, Advice, ReportData
+from optiinfra_pipelines.domain.findings import Abstention, Finding, FindingKind, Subject
+from optiinfra_pipelines.domain.fleet import Fleet, Frozen
+from optiinfra_pipelines.domain.insights import Insight
+from optiinfra_pipelines.domain.objectives import ObjectiveStatus
 from resources.warehouse import Warehouse
 
+_Noun = TypeVar("_Noun", bound=Frozen)
 
-def report_frames(warehouse: Warehouse, since: datetime, until: datetime) -> dict[str, pl.DataFrame | None]:
-    """The frames of [since, until) from the live file."""
+
+def read_report(warehouse: Warehouse, fleet: Fleet, since: datetime, until: datetime) -> ReportData:
+    """A report's data over [since, until) from the live file."""
     with warehouse.connect() as connection:
-        return _frames(connection, since, until)
+        return report_of(connection, fleet, since, until)
 
 
-def published_frames(read_copy: Path, since: datetime, until: datetime) -> dict[str, pl.DataFrame | None]:
-    """The same from the read copy, which nobody waits for. duckdb.Error when it cannot be opened."""
+def read_published_report(read_copy: Path, fleet: Fleet, since: datetime, until: datetime) -> ReportData:
+    """The same from the read copy, for which nobody has to wait. duckdb.Error when it cannot be opened."""
     with duckdb.connect(str(read_copy), read_only=True) as connection:
-        return _frames(connection, since, until)
+        return report_of(connection, fleet, since, until)
 
 
-def _frames(connection: duckdb.DuckDBPyConnection, since: datetime, until: datetime) -> dict[str, pl.DataFrame | None]:
+def report_of(connection: duckdb.DuckDBPyConnection, fleet: Fleet, since: datetime, until: datetime) -> ReportData:
+    """What the open database tells; what it does not have is None."""
     connection.execute("SET TimeZone = 'UTC'")
-    return {name: _frame(connection, query, {"since": since, "until": until}) for name, query in QUERIES.items()}
+    window = {"since": since, "until": until}
+    return ReportData(
+        made_at=until,
+        since=since,
+        deployments=fleet.deployments,
+        advice=read_advice(connection),
+        frames={name: _frame(connection, query, window) for name, query in QUERIES.items()},
+    )
 
 
-def _frame(connection: duckdb.DuckDBPyConnection, query: str, params: Mapping[str, object]) -> pl.DataFrame | None:
+def read_advice(connection: duckdb.DuckDBPyConnection) -> Advice:
+    """The newest claims: objectives, open findings, what was not judged, and the insight."""
+    objectives = _frame(
+        connection,
+        "select document from objective_status where judged_at = (select max(judged_at) from objective_status) "
+        "order by deployment, objective",
+    )
+    findings = _frame(connection, "select document from findings where until is null order by since, id")
+    declined = _frame(
+        connection, "select subject_kind, subject_name, kind, reason from finding_abstentions order by all"
+    )
+    insight = _frame(connection, "select insight from insights order by written_at desc limit 1")
+    return Advice(
+        objectives=_nouns(ObjectiveStatus, objectives),
+        findings=_nouns(Finding, findings),
+        abstentions=None if declined is None else [_abstention(row) for row in declined.iter_rows(named=True)],
+        insight=next(iter(_nouns(Insight, insight) or ()), None),
+    )
+
+
+def _nouns(kind: type[_Noun], frame: pl.DataFrame | None) -> list[_Noun] | None:
+    """The nouns of a table that keeps each as a JSON document."""
+    return None if frame is None else [kind.model_validate_json(text) for text in frame.to_series()]
+
+
+def _abstention(row: Mapping[str, str]) -> Abstention:
+    subject = Subject.model_validate({"kind": row["subject_kind"], "name": row["subject_name"]})
+    return Abstention(subject=subject, kind=FindingKind(row["kind"]), reason=row["reason"])
+
+
+def _frame(
+    connection: duckdb.DuckDBPyConnection, query: str, params: Mapping[str, object] | None = None
+) -> pl.DataFrame | None:
     try:
-        frame: pl.DataFrame = connection.sql(query, params=dict(params)).pl()
+        frame: pl.DataFrame = connection.sql(query, params=dict(params) if params else None).pl()
     except duckdb.CatalogException:
-        # No such table or macro: the models have not been built yet.
+        # No such table or macro: the models, or the asset that writes it, have not run yet.
         return None
     return frame

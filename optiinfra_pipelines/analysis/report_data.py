@@ -38,7 +38,8 @@ class ReportData:
     """One report: over [since, made_at].
 
     frames: by the names of QUERIES. waste: tables of waste and cost by title, whose columns carry their unit as suffix.
-    gpu_states: host, state, gpu_hours. cost: deployment, usd_per_hour. Each None when it has not been made.
+    gpu_states: host, state, gpu_hours (`waste.gpu_hours`). cost: deployment, usd (`waste.deployment_costs`). Both over
+    the window; None when they have not been made.
     """
 
     made_at: datetime

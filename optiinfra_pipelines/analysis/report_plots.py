@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -64,7 +65,7 @@ def states_svg(rows: pl.DataFrame) -> str:
 
 
 def cost_svg(rows: pl.DataFrame, label: str) -> str:
-    """Dollars per hour, one bar each. rows: `label` and usd_per_hour."""
+    """Dollars over the window, one bar each. rows: `label` and usd."""
     return _drawn("cost", lambda figure: _cost(figure, rows, label), 9.2, 0.9 + 0.34 * min(rows.height, 20))
 
 
@@ -122,7 +123,10 @@ def _drawn(name: str, draw: Callable[[Figure], None], width: float, height: floa
         figure = _figure(width, height)
         draw(figure)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        with warnings.catch_warnings():
+            # The browser has the letters that the measuring font lacks.
+            warnings.filterwarnings("ignore", message="Glyph")
+            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _inlined(buffer.getvalue(), name)
 
 
@@ -258,7 +262,8 @@ def _states(figure: Figure, rows: pl.DataFrame) -> None:
             axes.barh(range(len(hosts)), widths, left=before, color=color, label=_label(state.replace("_", " "), 30))
     _bars(axes, hosts)
     axes.set_xlabel("GPU-hours")
-    figure.legend(loc="outside lower center", ncols=4)
+    if axes.containers:
+        figure.legend(loc="outside lower center", ncols=4)
 
 
 def _order(state: str) -> tuple[int, str]:
@@ -268,10 +273,10 @@ def _order(state: str) -> tuple[int, str]:
 
 def _cost(figure: Figure, rows: pl.DataFrame, label: str) -> None:
     axes = figure.subplots()
-    ranked = rows.drop_nulls("usd_per_hour").sort("usd_per_hour", descending=True).head(20)
-    axes.barh(range(ranked.height), ranked["usd_per_hour"].to_list(), color=_COLORS[0])
+    ranked = rows.drop_nulls("usd").sort("usd", descending=True).head(20)
+    axes.barh(range(ranked.height), ranked["usd"].to_list(), color=_COLORS[0])
     _bars(axes, [str(name) for name in ranked[label].to_list()])
-    axes.set_xlabel("USD per hour")
+    axes.set_xlabel("USD over the window")
 
 
 def _bars(axes: Axes, names: Sequence[str]) -> None:

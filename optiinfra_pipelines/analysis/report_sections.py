@@ -206,11 +206,16 @@ def _latency_lines(data: ReportData) -> list[LatencyLine]:
 def _waste(data: ReportData) -> Section:
     parts: list[Part] = []
     states, cost = data.gpu_states, data.cost
-    if states is not None and not states.is_empty():
-        parts.append(Picture(states_svg(states), "GPU-hours by what the GPU did, per host, over the report's window."))
-    if cost is not None and cost.drop_nulls("usd_per_hour").height:
-        label = next(column for column in cost.columns if column != "usd_per_hour")
-        parts.append(Picture(cost_svg(cost, label), f"Cost by {heading(label)}, US dollars per hour."))
+    if states is not None:
+        if not states.is_empty():
+            parts.append(Picture(states_svg(states), "GPU-hours by what the GPU did, per host, over the window."))
+        parts.append(frame_grid(states, "GPU-hours by state", empty="No GPU was seen in the window."))
+    if cost is not None:
+        if cost.drop_nulls("usd").height:
+            parts.append(Picture(cost_svg(cost, "deployment"), "Cost by deployment over the window, US dollars."))
+        parts.append(
+            frame_grid(cost, "Cost by deployment", empty="No deployment has a cost: none has GPUs or a price.")
+        )
     parts += [frame_grid(frame, title) for title, frame in data.waste.items()]
     gpus = data.frames.get("gpus")
     if gpus is None:

@@ -26,6 +26,7 @@ _SUFFIXES = {
     "_tokens_per_second": "tokens/s",
     "_per_second": "/s",
     "_tokens": "tokens",
+    "gpu_hours": "GPU-hours",
     "_hours": "h",
     "_days": "d",
 }
@@ -112,19 +113,25 @@ def interval(low: float | None, high: float | None, unit: str) -> str:
 
 
 def heading(column: str) -> str:
-    """A column's name in words; its unit moves to the values."""
-    unit = unit_of(column)
-    for suffix, known in _SUFFIXES.items():
-        if known == unit and column.endswith(suffix) and suffix not in ("_tokens", "_usd"):
-            column = column.removesuffix(suffix)
-            break
-    return column.removesuffix("_at").replace("_", " ")
+    """A column's name in words, without the unit that its values show."""
+    words = column.removesuffix("_at")
+    ending = _ending(column)
+    if ending is not None and ending.startswith("_") and ending != "_tokens":
+        words = column.removesuffix(ending)
+    return words.replace("_", " ").replace("usd", "USD").replace("gpu", "GPU")
 
 
 def unit_of(column: str) -> str | None:
-    """The unit that a column's name ends in; the longest ending counts."""
+    """The unit that a column's name tells: its longest known ending, or dollars where it begins with them."""
+    if column == "usd" or column.startswith("usd_"):
+        return "USD"
+    ending = _ending(column)
+    return None if ending is None else _SUFFIXES[ending]
+
+
+def _ending(column: str) -> str | None:
     found = [suffix for suffix in _SUFFIXES if column.endswith(suffix)]
-    return _SUFFIXES[max(found, key=len)] if found else None
+    return max(found, key=len) if found else None
 
 
 def cell(column: str, item: object) -> str:

@@ -1,0 +1,110 @@
+"""The report's assets, reader, file and command, on a real warehouse and through Dagster."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from click import ClickException
+
+from optiinfra_pipelines.analysis.insights_evidence import make_pack
+from optiinfra_pipelines.commands import report as command
+from optiinfra_pipelines.defs.insights import insights_asset
+from optiinfra_pipelines.defs.report import fleet_report_asset
+from optiinfra_pipelines.domain.fleet import Fleet
+from optiinfra_pipelines.settings import Paths, find_paths
+from resources.insight_store import InsightStore
+from resources.insight_writer import InsightWriter
+from resources.report_files import write_report
+from resources.report_reader import read_report
+from resources.warehouse import Warehouse
+from tests.insight_cases import NOW, abstention, finding, recommendation
+
+PACK = make_pack([finding()], [recommendation()], [abstention()])
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Paths:
+    (tmp_path / "fleet.yaml").write_text("hosts: [{name: here, local: true}]\n")
+    return find_paths({"OPTIINFRA_HOME": str(tmp_path / "state"), "OPTIINFRA_FLEET": str(tmp_path / "fleet.yaml")})
+
+
+@pytest.fixture
+def warehouse(paths: Paths) -> Warehouse:
+    return Warehouse(paths.warehouse_dir, clock=lambda: datetime.now(UTC))
+
+
+def test_a_report_can_be_had_before_anything_was_made(warehouse: Warehouse) -> None:
+    """An empty warehouse gives a report whose parts are all not made yet, none of them an error."""
+    data = read_report(warehouse, Fleet(), NOW - timedelta(hours=1), NOW)
+
+    assert data.advice.findings is data.advice.objectives is data.advice.insight is None
+    assert set(data.frames) == {"fleet", "latency", "load", "gpus", "hosts"}
+    assert all(frame is None for frame in data.frames.values())
+
+
+def test_the_assets_show_the_insight_and_write_the_report(warehouse: Warehouse, paths: Paths) -> None:
+    """Through Dagster: the insight that was written is in the report's file and in both assets' metadata."""
+    writer = InsightWriter(InsightStore(warehouse), {}, lambda: NOW)
+    made = dg.materialize(
+        [
+            insights_asset(writer, lambda: PACK, 2, deps=()),
+            fleet_report_asset(
+                lambda since, until: read_report(warehouse, Fleet(), since, until),
+                paths.reports_dir,
+                lambda: NOW,
+                deps=("insights",),
+            ),
+        ]
+    )
+    insight = made.asset_materializations_for_node("insights")[0].metadata
+    report = made.asset_materializations_for_node("fleet_report")[0].metadata
+
+    assert insight["writer"].value == "template"
+    assert insight["reason"].value == "GROQ_API_KEY is not set"
+    assert "vllm-7 preempts requests" in str(insight["insight"].value)
+    assert "vllm-7 preempts requests" in str(report["report"].value)
+    assert "vllm-7 preempts requests" in (paths.reports_dir / "fleet_report.html").read_text(encoding="utf-8")
+
+
+def test_the_command_says_what_to_do_before_the_first_refresh(paths: Paths) -> None:
+    """Without a read copy there is nothing to report, and a way to get it."""
+    with pytest.raises(ClickException, match=r"does not exist yet; start `optiinfra up`"):
+        command.run(paths, {})
+
+
+def test_the_command_prints_and_writes(
+    paths: Paths, warehouse: Warehouse, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same claims in the terminal and in the file that --out names."""
+    InsightWriter(InsightStore(warehouse), {}, lambda: NOW).write(PACK)
+    warehouse.publish()
+    command.run(paths, {}, out=tmp_path / "here" / "x.html")
+
+    printed = capsys.readouterr().out
+    assert "vllm-7 preempts requests" in printed
+    assert f"{tmp_path}/here/x.html" in printed.replace("\n", "")
+    assert "vllm-7 preempts requests" in (tmp_path / "here" / "x.html").read_text(encoding="utf-8")
+
+
+def test_a_report_is_replaced_whole(tmp_path: Path) -> None:
+    """Whoever has the old file open keeps it; nothing is left beside it; everybody may read it."""
+    first = write_report(tmp_path, "<p>one</p>")
+    with first.path.open() as open_file:
+        second = write_report(tmp_path, "<p>two \ud800</p>")
+        assert open_file.read() == "<p>one</p>"
+
+    assert second.path.read_text() == "<p>two ?</p>"
+    assert [path.name for path in tmp_path.iterdir()] == ["fleet_report.html"]
+    assert second.path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_place_that_cannot_be_written_is_named(paths: Paths, warehouse: Warehouse, tmp_path: Path) -> None:
+    """A folder that is a file: the error names it, and the remedy."""
+    warehouse.publish()
+    (tmp_path / "file").write_text("x")
+
+    with pytest.raises(ClickException, match=r"cannot be written: .*file.*--out"):
+        command.run(paths, {}, out=tmp_path / "file" / "x.html")
