@@ -19,13 +19,13 @@ import time
 import numpy as np
 from numba import njit
 
+from optiinfra_pipelines.rollout.calibration import DEFAULT_STAKE
 from optiinfra_pipelines.rollout.eprocess import (
     ERROR_ALTERNATIVES,
     LATENCY_ALTERNATIVES,
     RESTART_STAKE_RATIO,
     first_crossing,
 )
-from optiinfra_pipelines.rollout.calibration import DEFAULT_STAKE
 from optiinfra_pipelines.rollout.judge import ERROR_NULL_ODDS
 from optiinfra_pipelines.rollout.margins import StableHistogram, judged_edges
 

@@ -12,7 +12,9 @@ prolongs one. Not here: what may follow what (`optiinfra_pipelines.rollout.machi
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,11 +53,12 @@ class LeaseLostError(RolloutError):
 
 
 class RolloutStore:
-    """Rows and log of one state directory. Every call opens and closes its own connection; safe across processes."""
+    """Rows and log of one state directory; safe across threads and processes."""
 
     def __init__(self, path: Path, lease_seconds: float = 30.0) -> None:
         self.path = Path(path)
         self.lease_seconds = lease_seconds
+        self._local = threading.local()
 
     # --- reading ---------------------------------------------------------------------------------
 
@@ -285,19 +288,23 @@ class RolloutStore:
 
     @contextmanager
     def _connect(self) -> Iterator[sqlite3.Connection]:
-        is_new = not self.path.exists()
-        if is_new:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        """This thread's connection. It stays open: closing the last one costs a checkpoint every time."""
+        known: tuple[int, sqlite3.Connection] | None = getattr(self._local, "opened", None)
+        # A connection must not be carried into a forked child, and one to a file that is gone sees nothing.
+        if known is None or known[0] != os.getpid() or not self.path.exists():
+            known = (os.getpid(), self._open())
+            self._local.opened = known
+        yield known[1]
+
+    def _open(self) -> sqlite3.Connection:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
-        try:
-            connection.execute("pragma synchronous = full")
-            connection.execute("pragma foreign_keys = on")
-            if is_new or not connection.execute("select 1 from sqlite_master where name = 'rollout_events'").fetchone():
-                connection.execute("pragma journal_mode = wal")
-                connection.executescript(f"begin immediate; {SCHEMA} commit;")
-            yield connection
-        finally:
-            connection.close()
+        connection.execute("pragma synchronous = full")
+        connection.execute("pragma foreign_keys = on")
+        if not connection.execute("select 1 from sqlite_master where name = 'rollout_events'").fetchone():
+            connection.execute("pragma journal_mode = wal")
+            connection.executescript(f"begin immediate; {SCHEMA} commit;")
+        return connection
 
 
 def _row(connection: sqlite3.Connection, rollout_id: str) -> Rollout:

@@ -79,7 +79,7 @@ class Kit:
     def percent(self, rollout_id: str = "chat-1") -> float:
         return self.rollouts.target(self.store.get(rollout_id)).observe().percent
 
-    def run(self, executor: Executor, until: str, seconds: float = 5.0, looks: int = 5000) -> Progress:
+    def run(self, executor: Executor, until: str, seconds: float = 10.0, looks: int = 5000) -> Progress:
         """Look until the position or the message has a text."""
         for _ in range(looks):
             progress = executor.step(self.clock.go(seconds))

@@ -227,10 +227,10 @@ def test_a_pause_that_nobody_ends_is_taken_back(kit: Kit) -> None:
 def test_too_few_requests_are_inconclusive_and_wait_for_a_person(tmp_path: Path) -> None:
     """The load falls after planning: the step ends without enough requests, and that is no pass."""
     kit = Kit(tmp_path, DryRunSettings(requests_per_second=20.0))
-    kit.approved(plan=RolloutPlan(percents=(10.0, 50.0, 100.0), bake_minutes=1.0, min_requests=2000))
+    kit.approved(plan=RolloutPlan(percents=(10.0, 50.0, 100.0), bake_minutes=1.0, max_extensions=0))
     executor = kit.executor("a")
     kit.run(executor, "VALIDATION: 10 %")
-    executor.traffic_stage._feed._settings = DryRunSettings(requests_per_second=0.5)  # type: ignore[attr-defined]
+    executor.traffic_stage._feed._settings = DryRunSettings(requests_per_second=10.0)  # type: ignore[attr-defined]
 
     progress = kit.run(executor, "PAUSED")
 
