@@ -41,6 +41,7 @@ class EngineScraper:
         self._endpoints = endpoints
         self._reader = reader or Reader()
         self._failures: dict[str, int] = {}
+        self._told_internal: set[tuple[str, str]] = set()
         self._handed_out: dict[object, datetime] = {}
         self._changes = ChangeLog("target")
 
@@ -81,9 +82,12 @@ class EngineScraper:
         except UnknownEngineError as error:
             return result.refused("unknown_engine", str(error)), None, None
         except Exception as error:
-            # A bug of ours must cost one target one row, and be seen.
-            _log.exception("page_not_read", target=target.name)
-            return result.refused("internal", f"{type(error).__name__} while reading the page"), None, None
+            # A bug of ours must cost one target one row, and be seen: its traceback once, not at every tick.
+            name = type(error).__name__
+            if (target.name, name) not in self._told_internal:
+                self._told_internal.add((target.name, name))
+                _log.exception("page_not_read", target=target.name)
+            return result.refused("internal", f"{name} while reading the page"), None, None
         return result, page, normalized
 
     def _scrape_row(self, result: ScrapeResult, page: Page | None, normalized: Normalized | None) -> dict[str, object]:

@@ -66,6 +66,8 @@ def classify(error: httpx.HTTPError) -> tuple[ErrorKind, str]:
     if isinstance(error, httpx.ConnectError):
         if isinstance(cause, socket.gaierror):
             return "dns", f"the host name cannot be resolved: {cause.strerror or cause}"
+        if isinstance(cause, UnicodeError):
+            return "dns", impossible_host(cause)
         if isinstance(cause, ssl.SSLError):
             reason = getattr(cause, "verify_message", None) or cause.reason or str(cause)
             return "tls", f"TLS failed: {reason}; a private authority's certificate goes into SSL_CERT_FILE"
@@ -82,6 +84,10 @@ def classify(error: httpx.HTTPError) -> tuple[ErrorKind, str]:
     if isinstance(error, httpx.RemoteProtocolError):
         return "not_http", str(error)
     return "closed_early", str(error) or type(error).__name__
+
+
+def impossible_host(error: Exception) -> str:
+    return f"no host can have this name: {error}; is it spelled right in fleet.yaml?"
 
 
 def one_line(text: str) -> str:

@@ -225,7 +225,7 @@ class LeanTransport(httpx.AsyncBaseTransport):
                 ssl=context,
                 happy_eyeballs_delay=0.25,  # RFC 8305: localhost may be ::1 while the exporter listens on 127.0.0.1
             )
-        except OSError as error:  # ssl.SSLError and socket.gaierror among them
+        except (OSError, UnicodeError) as error:  # ssl.SSLError, socket.gaierror; a name that IDNA cannot encode
             raise httpx.ConnectError(str(error)) from error
         self._open.add(connection)
         return connection

@@ -31,6 +31,7 @@ from resources.fetch_errors import (
     ErrorKind,
     FetchError,
     classify,
+    impossible_host,
     one_line,
     same_origin,
     status_detail,
@@ -128,6 +129,7 @@ class MetricsEndpoints:
         self._policy = policy or Policy()
         self._make_transport = transport
         self._known: dict[tuple[str, str], _Known] = {}
+        self._told_internal: set[tuple[str, str]] = set()
         self._starting = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -218,6 +220,8 @@ class MetricsEndpoints:
             known = self._remember(client, target)
             async with known.turn:
                 return await self._ask(client, known, target, at)
+        except (httpx.InvalidURL, UnicodeError) as error:  # of the URL; a page that is no text is a PageError
+            return ScrapeResult(target, at, error_kind="dns", error_detail=one_line(impossible_host(error)))
         except Exception as error:
             return self._internal(target, at, error)
 
@@ -255,6 +259,8 @@ class MetricsEndpoints:
             kind, detail = error.kind, str(error)
         except httpx.HTTPError as error:
             kind, detail = classify(error)
+        except UnicodeError as error:
+            kind, detail = "dns", impossible_host(error)
         except Exception as error:
             return self._internal(asked.target, asked.scraped_at, error)
         return replace(
@@ -302,8 +308,12 @@ class MetricsEndpoints:
 
     def _internal(self, target: Target, at: datetime, error: Exception) -> ScrapeResult:
         """A bug of ours, or of the machine (no file descriptors left): told apart from the target's faults."""
-        _log.error("scrape_failed_internally", target=target.name, error=type(error).__name__, exc_info=error)
-        detail = f"{type(error).__name__} inside the collector; its log has the traceback"
+        name = type(error).__name__
+        if (target.name, name) not in self._told_internal:
+            # Its traceback once, not at every tick: the row of each tick names it too.
+            self._told_internal.add((target.name, name))
+            _log.error("scrape_failed_internally", target=target.name, error=name, exc_info=error)
+        detail = f"{name} inside the collector; its log has the traceback"
         return ScrapeResult(target, at, error_kind="internal", error_detail=detail)
 
 

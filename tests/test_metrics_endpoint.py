@@ -436,7 +436,7 @@ def test_a_page_that_is_wrong_does_not_open_the_breaker(endpoints: MetricsEndpoi
 
 
 def test_a_bug_of_ours_is_told_apart_and_logged() -> None:
-    """An exception that no target can cause is 'internal' with its type, and its traceback goes to the log."""
+    """An exception that no target can cause is 'internal' with its type; its traceback goes to the log, once."""
 
     class Broken(httpx.AsyncBaseTransport):
         async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -444,10 +444,21 @@ def test_a_bug_of_ours_is_told_apart_and_logged() -> None:
 
     with structlog.testing.capture_logs() as lines, MetricsEndpoints(transport=Broken) as endpoints:
         result = scrape_one(endpoints, "http://127.0.0.1:9/metrics")
+        scrape_one(endpoints, "http://127.0.0.1:9/metrics")
 
     assert result.error_kind == "internal"
     assert "ZeroDivisionError" in str(result.error_detail)
     assert [(line["event"], line["target"]) for line in lines] == [("scrape_failed_internally", "t")]
+
+
+@pytest.mark.parametrize("host", ["256.1.1.1", "xn--", "x..y", "a" * 300])
+def test_a_name_that_no_host_can_have_is_the_targets_fault(endpoints: MetricsEndpoints, host: str) -> None:
+    """It is named like one that cannot be resolved, with the remedy, and no traceback fills the log."""
+    with structlog.testing.capture_logs() as lines:
+        result = scrape_one(endpoints, f"http://{host}/metrics")
+
+    assert (result.error_kind, lines) == ("dns", [])
+    assert "fleet.yaml" in str(result.error_detail)
 
 
 def test_a_time_without_a_zone_is_refused(endpoints: MetricsEndpoints) -> None:
