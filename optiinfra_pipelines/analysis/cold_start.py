@@ -19,7 +19,8 @@ from optiinfra_pipelines.domain.fleet import Frozen, Positive
 DEFAULT_COLD_START_SECONDS = 180.0
 # A P95 of fewer is the largest of a handful; from 5 on it is told as measured, under that only as a lower bound.
 MIN_STARTS = 5
-# A target that is tried this long before its process starts waits in fleet.yaml for a machine, not for a start.
+# A target that is tried this long before its process starts waits in fleet.yaml for a machine, not for a start; and a
+# process this much older than its first page was running before anybody looked.
 MAX_ATTEMPT_SECONDS = 600.0
 # Past this a replica waited for its first request and not for its weights.
 MAX_START_SECONDS = 3600.0
@@ -111,12 +112,15 @@ def _starts_of(events: pl.DataFrame, busy: pl.Series) -> list[dict[str, object]]
     return out
 
 
-def _first_seen(attempt: datetime | None, process: datetime | None, page: datetime) -> datetime:
-    if attempt is None:
+def _first_seen(attempt: datetime | None, process: datetime | None, page: datetime) -> datetime | None:
+    """When the start began; None when it began before anybody looked."""
+    if attempt is None:  # a restart between two pages
         return page if process is None else process
-    if process is None or 0 <= (process - attempt).total_seconds() <= MAX_ATTEMPT_SECONDS:
+    if process is None:
+        return attempt if attempt < page else None
+    if 0 <= (process - attempt).total_seconds() <= MAX_ATTEMPT_SECONDS:
         return attempt
-    return process
+    return process if (page - process).total_seconds() <= MAX_ATTEMPT_SECONDS or process > attempt else None
 
 
 def cold_start(starts: pl.DataFrame, deployment: str) -> ColdStart:
