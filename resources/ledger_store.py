@@ -58,12 +58,13 @@ create table if not exists recommendation_evidence (
     recommendation_id varchar, place integer, name varchar, value double, unit varchar, window_start timestamptz,
     window_end timestamptz, threshold double, table_name varchar, keys varchar, sql varchar);
 create table if not exists recommendation_ledger (
-    recommendation_id varchar, at timestamptz, kind varchar, reason varchar, detail varchar, state_after varchar);
+    recommendation_id varchar, happened_at timestamptz, kind varchar, reason varchar, detail varchar,
+    state_after varchar);
 create table if not exists recommendation_effects (
     recommendation_id varchar, signal varchar, unit varchar, change double, change_low double, change_high double,
     grade varchar, measured_at timestamptz, usd_per_hour double, document varchar);
 create table if not exists recommendation_abstentions (
-    at timestamptz, subject_kind varchar, subject_name varchar, rule varchar, kind varchar, reason varchar);
+    judged_at timestamptz, subject_kind varchar, subject_name varchar, rule varchar, kind varchar, reason varchar);
 create table if not exists fct_recommendation_accuracy (
     kind varchar, rule varchar, n integer, minimum_n integer, is_enough boolean, right_sign_share_ratio double,
     right_sign_low_ratio double, right_sign_high_ratio double, coverage_share_ratio double,
@@ -268,7 +269,7 @@ def _save_accuracy(connection: duckdb.DuckDBPyConnection, rows: Sequence[Accurac
 
 def _abstentions(connection: duckdb.DuckDBPyConnection) -> tuple[RuleAbstention, ...]:
     rows = connection.execute(
-        "select at, subject_kind, subject_name, rule, kind, reason from recommendation_abstentions order by all"
+        "select judged_at, subject_kind, subject_name, rule, kind, reason from recommendation_abstentions order by all"
     ).fetchall()
     return tuple(
         RuleAbstention.model_validate(

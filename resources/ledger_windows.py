@@ -133,10 +133,10 @@ def read_changed_targets(
     One that changed later belongs to neither.
     """
     rows = connection.execute(
-        "select target, min(at) from ("
-        "select target, changed_at as at from int_config_changes where previous_config_hash is not null "
+        "select target, min(touched_at) from ("
+        "select target, changed_at as touched_at from int_config_changes where previous_config_hash is not null "
         "union all select target, period_at from fct_replica_load_5m where restart_count > 0) "
-        "where at > $1 and at <= $2 and list_contains($3, target) group by target",
+        "where touched_at > $1 and touched_at <= $2 and list_contains($3, target) group by target",
         [applied_at - PERIOD - timedelta(seconds=1), until, list(targets)],
     ).fetchall()
     touched = dict(rows)
