@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import queue
 import re
+import ssl
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import groq
@@ -71,7 +73,10 @@ class GroqService:
             # An answer of a few kB needs no compression, and without it the cap on bytes is one on memory.
             default_headers={"Accept-Encoding": "identity"},
             http_client=httpx.Client(
-                transport=_CappedTransport(), timeout=deadline_seconds, follow_redirects=False, trust_env=True
+                transport=_CappedTransport(verify=_tls()),
+                timeout=deadline_seconds,
+                follow_redirects=False,
+                trust_env=True,
             ),
             timeout=deadline_seconds,
         )
@@ -83,6 +88,12 @@ class GroqService:
             return Failure("failed", f"no whole answer within {deadline_seconds:.0f} s")
         finally:
             client.close()
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    """Reading the list of authorities takes longer than a request on loopback; once a process will do."""
+    return httpx.create_ssl_context()
 
 
 def _ask(client: groq.Groq, messages: list[dict[str, str]], schema: dict[str, object]) -> Reply | Failure:

@@ -43,14 +43,26 @@ class Spent:
     usd: float
 
 
+@dataclass(frozen=True)
+class Recalled:
+    """A model's earlier insight that still serves, and until when the service asked to be left alone."""
+
+    insight: Insight | None
+    paused_until: datetime | None
+
+
 class InsightStore:
     """Every method opens the warehouse for a moment; nothing is held while the service is asked."""
 
     def __init__(self, warehouse: Warehouse) -> None:
         self._warehouse = warehouse
 
-    def find(self, evidence_hash: str, subjects_hash: str, alike_after: datetime) -> Insight | None:
-        """What a model wrote on exactly this evidence, else the newest since `alike_after` on the same claims."""
+    def recall(self, evidence_hash: str, subjects_hash: str, alike_after: datetime, now: datetime) -> Recalled:
+        """What is known before the service is asked.
+
+        The insight is what a model wrote on exactly this evidence, else the newest since `alike_after` on the same
+        claims.
+        """
         with self._warehouse.connect() as connection:
             connection.execute(_TABLES)
             row = connection.execute(
@@ -59,7 +71,8 @@ class InsightStore:
                 "order by evidence_hash = $exact desc, written_at desc limit 1",
                 {"exact": evidence_hash, "alike": subjects_hash, "after": alike_after},
             ).fetchone()
-        return Insight.model_validate_json(row[0]) if row else None
+            paused = connection.execute("select max(until_at) from insight_pauses where until_at > ?", [now]).fetchone()
+        return Recalled(Insight.model_validate_json(row[0]) if row else None, paused[0] if paused else None)
 
     def keep(self, insight: Insight) -> None:
         """Store one. What is older than KEEP goes; of the template's, made anew at each refresh, the last stays."""
@@ -116,14 +129,6 @@ class InsightStore:
                 "update insight_calls set tokens = ?, usd = ?, is_settled = true where call_id = ?",
                 [tokens, usd, call_id],
             )
-
-    def paused_until(self, now: datetime) -> datetime | None:
-        """Until when the service asked not to be called; None when it may be."""
-        with self._warehouse.connect() as connection:
-            connection.execute(_TABLES)
-            row = connection.execute("select max(until_at) from insight_pauses where until_at > ?", [now]).fetchone()
-        until: datetime | None = row[0] if row else None
-        return until
 
     def pause(self, until: datetime, reason: str) -> None:
         """Do not call before `until`; earlier pauses that are over go."""

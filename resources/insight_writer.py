@@ -106,12 +106,11 @@ class InsightWriter:
         if not self._key.get_secret_value():
             return self._template(pack, key, subjects, "GROQ_API_KEY is not set", attempt)
         now = self._clock()
-        kept = self._store.find(key, subjects, now - REFRESH_AFTER)
-        if kept is not None:
-            return kept
-        until = self._store.paused_until(now)
-        if until is not None:
-            reason = f"the service asked not to be called before {until:%Y-%m-%d %H:%M} UTC"
+        known = self._store.recall(key, subjects, now - REFRESH_AFTER, now)
+        if known.insight is not None:
+            return known.insight
+        if known.paused_until is not None:
+            reason = f"the service asked not to be called before {known.paused_until:%Y-%m-%d %H:%M} UTC"
             return self._template(pack, key, subjects, reason, attempt)
         outcome = self._asked(pack, attempt)
         if isinstance(outcome, str):

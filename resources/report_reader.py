@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import duckdb
 import polars as pl
@@ -19,6 +19,7 @@ from optiinfra_pipelines.domain.findings import Abstention, Finding, FindingKind
 from optiinfra_pipelines.domain.fleet import Fleet, Frozen
 from optiinfra_pipelines.domain.insights import Insight
 from optiinfra_pipelines.domain.objectives import ObjectiveStatus
+from optiinfra_pipelines.domain.recommendations import Accuracy, ChangeKind, Recommendation, RuleAbstention
 from resources.warehouse import Warehouse
 
 _Noun = TypeVar("_Noun", bound=Frozen)
@@ -50,7 +51,9 @@ def report_of(connection: duckdb.DuckDBPyConnection, fleet: Fleet, since: dateti
 
 
 def read_advice(connection: duckdb.DuckDBPyConnection) -> Advice:
-    """The newest claims: objectives, open findings, what was not judged, and the insight."""
+    """The newest claims: objectives, open findings and recommendations, what was not judged or advised, how right past
+    advice was, and the insight.
+    """
     objectives = _frame(
         connection,
         "select document from objective_status where judged_at = (select max(judged_at) from objective_status) "
@@ -60,11 +63,17 @@ def read_advice(connection: duckdb.DuckDBPyConnection) -> Advice:
     declined = _frame(
         connection, "select subject_kind, subject_name, kind, reason from finding_abstentions order by all"
     )
+    advised = _frame(connection, "select document from recommendations where state = 'open' order by score desc, id")
+    refused = _frame(connection, "select * from recommendation_abstentions order by all")
+    accuracy = _frame(connection, "select * from fct_recommendation_accuracy order by all")
     insight = _frame(connection, "select insight from insights order by written_at desc limit 1")
     return Advice(
         objectives=_nouns(ObjectiveStatus, objectives),
         findings=_nouns(Finding, findings),
         abstentions=None if declined is None else [_abstention(row) for row in declined.iter_rows(named=True)],
+        recommendations=_nouns(Recommendation, advised),
+        refusals=None if refused is None else [_refusal(row) for row in refused.iter_rows(named=True)],
+        accuracy=None if accuracy is None else [Accuracy.model_validate(row) for row in accuracy.iter_rows(named=True)],
         insight=next(iter(_nouns(Insight, insight) or ()), None),
     )
 
@@ -74,9 +83,17 @@ def _nouns(kind: type[_Noun], frame: pl.DataFrame | None) -> list[_Noun] | None:
     return None if frame is None else [kind.model_validate_json(text) for text in frame.to_series()]
 
 
-def _abstention(row: Mapping[str, str]) -> Abstention:
-    subject = Subject.model_validate({"kind": row["subject_kind"], "name": row["subject_name"]})
-    return Abstention(subject=subject, kind=FindingKind(row["kind"]), reason=row["reason"])
+def _subject(row: Mapping[str, Any]) -> Subject:
+    return Subject(kind=row["subject_kind"], name=row["subject_name"])
+
+
+def _abstention(row: Mapping[str, Any]) -> Abstention:
+    return Abstention(subject=_subject(row), kind=FindingKind(row["kind"]), reason=row["reason"])
+
+
+def _refusal(row: Mapping[str, Any]) -> RuleAbstention:
+    kind = None if row["kind"] is None else ChangeKind(row["kind"])
+    return RuleAbstention(subject=_subject(row), rule=row["rule"], kind=kind, at=row["judged_at"], reason=row["reason"])
 
 
 def _frame(

@@ -13,8 +13,10 @@ from optiinfra_pipelines.analysis.insights_evidence import make_pack
 from optiinfra_pipelines.commands import report as command
 from optiinfra_pipelines.defs.insights import insights_asset
 from optiinfra_pipelines.defs.report import fleet_report_asset
-from optiinfra_pipelines.domain.fleet import Fleet
+from optiinfra_pipelines.domain.fleet import Fleet, Objective
+from optiinfra_pipelines.domain.objectives import ObjectiveStatus
 from optiinfra_pipelines.settings import Paths, find_paths
+from resources import findings_store, ledger_store, objective_store
 from resources.insight_store import InsightStore
 from resources.insight_writer import InsightWriter
 from resources.report_files import write_report
@@ -43,6 +45,66 @@ def test_a_report_can_be_had_before_anything_was_made(warehouse: Warehouse) -> N
     assert data.advice.findings is data.advice.objectives is data.advice.insight is None
     assert set(data.frames) == {"fleet", "latency", "load", "gpus", "hosts"}
     assert all(frame is None for frame in data.frames.values())
+
+
+def test_stored_claims_come_back_as_they_were(warehouse: Warehouse) -> None:
+    """Open findings and recommendations, what was declined, and how right past advice was, from the stores' tables."""
+    found, advised, declined = finding(), recommendation(), abstention()
+    ended = finding("old-1").model_copy(update={"until": NOW})
+    status = ObjectiveStatus(
+        deployment="chat-vllm",
+        objective=Objective(kind="ttft", target_ratio=0.99, threshold_seconds=2.0),
+        at=NOW,
+        state="no_data",
+        vantage=None,
+        edge_seconds=None,
+        good=None,
+        total=None,
+        good_ratio=None,
+        remaining_ratio=None,
+        covered_days=0.0,
+        unseen_requests=None,
+        burn_rates=(),
+        notes=(),
+    )
+    with warehouse.connect() as connection:
+        for tables in (findings_store._TABLES, objective_store._TABLES, ledger_store._TABLES):
+            connection.execute(tables)
+        for one in (found, ended):
+            connection.execute(
+                "insert into findings (id, since, until, document) values (?, ?, ?, ?)",
+                [one.id, one.since, one.until, one.model_dump_json()],
+            )
+        connection.execute(
+            "insert into finding_abstentions values (?, ?, ?, ?, ?)",
+            [NOW, declined.subject.kind, declined.subject.name, declined.kind.value, declined.reason],
+        )
+        for moment, state in ((NOW - timedelta(hours=1), "met"), (NOW, "no_data")):
+            connection.execute(
+                "insert into objective_status (judged_at, deployment, objective, document) values (?, ?, ?, ?)",
+                [moment, "chat-vllm", status.key, status.model_copy(update={"state": state}).model_dump_json()],
+            )
+        for state in ("open", "superseded"):
+            connection.execute(
+                "insert into recommendations (id, state, score, document) values (?, ?, ?, ?)",
+                [advised.id, state, advised.score, advised.model_dump_json()],
+            )
+        connection.execute(
+            "insert into recommendation_abstentions values (?, 'target', 'a', 'some_rule', null, 'too few')", [NOW]
+        )
+        connection.execute(
+            "insert into fct_recommendation_accuracy (kind, rule, n, minimum_n, is_enough, concurrent_n, applied_n, "
+            "unverifiable_n, says) values ('all', 'all', 0, 20, false, 0, 0, 0, 'nothing measured')"
+        )
+
+    advice = read_report(warehouse, Fleet(), NOW - timedelta(hours=1), NOW).advice
+
+    assert advice.findings == [found]
+    assert advice.abstentions == [declined]
+    assert advice.objectives == [status]
+    assert advice.recommendations == [advised]
+    assert [(one.rule, one.kind) for one in advice.refusals or ()] == [("some_rule", None)]
+    assert [one.right_sign_share_ratio for one in advice.accuracy or ()] == [None]
 
 
 def test_the_assets_show_the_insight_and_write_the_report(warehouse: Warehouse, paths: Paths) -> None:
