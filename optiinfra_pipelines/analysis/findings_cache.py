@@ -33,7 +33,10 @@ def cache_finding(window: EngineWindow, values: Values) -> Finding | str | None:
     elif len(past) >= values["cache_periods"]:
         usual = median(past)
         deviation = median(abs(one - usual) for one in past)
-        if usual - hit.value >= max(values["cache_fall_ratio"], 4 * deviation):
+        # Below what nine of ten periods reached, too: a workload that swings between two levels has not fallen.
+        usually_at_least = sorted(past)[len(past) // 10]
+        fall = usual - hit.value
+        if fall >= max(values["cache_fall_ratio"], 4 * deviation) and hit.value < usually_at_least:
             cause, wanted = "sudden_fall", usual
     if not cause:
         return None

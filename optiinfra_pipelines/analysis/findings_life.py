@@ -69,23 +69,20 @@ def restart_finding(window: EngineWindow, values: Values) -> Finding | None:
 
 def _restarted(window: EngineWindow, step: Step, count: int) -> Finding:
     told = step.started_at is not None
-    column, statistic = ("process_started_at", "distinct") if told else ("generation_tokens_total", "last")
-    evidence = [
-        sample_signal(
-            window, "process_starts", "process_started_at", "distinct", (step.start_at, step.end_at), "starts"
-        )
-        if told
-        else sample_signal(window, column, column, "last", (step.end_at, step.end_at), "tokens")
-    ]
-    del statistic
-    at = step.started_at or step.start_at
+    if step.started_at is not None or step.fallen is None:
+        across = (step.start_at, step.end_at)
+        seen = sample_signal(window, "processes_seen", "process_started_at", "distinct", across, "processes")
+    else:
+        seen = sample_signal(window, step.fallen, step.fallen, "last", (step.end_at, step.end_at), "events")
+    # A clock ahead of ours tells a start that is yet to come: it was at the latest when the page was read.
+    at = min(step.started_at, step.end_at) if step.started_at else step.start_at
     often = f" ({count} times in this window)" if count > 1 else ""
     how = "started anew" if told else "counts from zero again"
     summary = f"The serving process {how} at {at.isoformat(timespec='seconds')}{often}."
     severity = Severity.CRITICAL if count > 1 else Severity.WARNING
     span = (at, step.end_at, step.end_at)
     cause = "crash_loop" if count > 1 else "process_restart" if told else "counters_fell"
-    return finding(window.subject, FindingKind.RESTARTED, cause, severity, span, window.source, summary, evidence)
+    return finding(window.subject, FindingKind.RESTARTED, cause, severity, span, window.source, summary, [seen])
 
 
 def _fresh(window: EngineWindow, values: Values) -> Finding | None:

@@ -66,7 +66,8 @@ class Step:
     growth: Mapping[str, float]
     # Of each histogram: sum and count of the observations made in the step.
     observed: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    has_counter_fallen: bool = False
+    # What went backwards: a counter, or the start time when another process answered. Nothing can be compared then.
+    fallen: str | None = None
     started_at: datetime | None = None
 
     @property
@@ -156,7 +157,7 @@ class EngineWindow:
         for step in self.all_steps:
             if is_restart(step):
                 kept = []
-            elif not step.has_counter_fallen:
+            elif step.fallen is None:
                 kept.append(step)
         return tuple(kept)
 
@@ -169,7 +170,7 @@ def is_restart(step: Step) -> bool:
     """The process behind the page started within the step. Without a start time, falling counters tell."""
     if step.started_at is not None:
         return True
-    return step.has_counter_fallen and "process_started_at" not in step.gauges
+    return step.fallen is not None and "process_started_at" not in step.gauges
 
 
 def _shaped(table: str, frame: pl.DataFrame) -> pl.DataFrame:
@@ -204,7 +205,7 @@ def _steps(tables: Tables) -> list[Step]:
             usage_before=_gauges(before).get("kv_cache_usage_ratio"),
             growth=_growth(before, now),
             observed=_observed(observed.get(before_at, {}), observed.get(at, {})),
-            has_counter_fallen=is_other or _has_fallen(before, now),
+            fallen="process_started_at" if is_other else _fallen(before, now),
             started_at=started_at,
         )
         is_comparable = started_at is None and not is_other
@@ -251,13 +252,13 @@ def _growth(before: Ranks, now: Ranks) -> dict[str, float]:
     return grown
 
 
-def _has_fallen(before: Ranks, now: Ranks) -> bool:
+def _fallen(before: Ranks, now: Ranks) -> str | None:
     for rank, row in now.items():
         for column in _LIFE:
             old, new = _number(before.get(rank, {}), column), _number(row, column)
             if old is not None and new is not None and new < old:
-                return True
-    return False
+                return column
+    return None
 
 
 def _started(before: Ranks, now: Ranks, before_at: datetime) -> tuple[datetime | None, bool, bool]:
