@@ -25,7 +25,7 @@ import dagster as dg
 import psutil
 
 # How long the hourly job keeps each part, in hours: PruneConfig's default, and KEEP_EVALUATIONS.
-KEEP_HOURS = {"ticks": 12, "evaluations": 2, "runs": 12, "events": 12}
+KEEP_HOURS = {"ticks": 8, "evaluations": 2, "runs": 8, "events": 8}
 SENSORS = ("scrape_engines", "sample_gpus", "sample_hosts")
 
 
