@@ -7,18 +7,21 @@ is `rollout.machine`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from datetime import datetime
 from pathlib import Path
 
+import polars as pl
+
 from optiinfra_pipelines.domain.fleet import Fleet, Target
-from optiinfra_pipelines.domain.rollout_policy import HaproxySettings, RolloutPolicy
+from optiinfra_pipelines.domain.rollout_policy import HaproxyServer, HaproxySettings, RolloutPolicy
 from optiinfra_pipelines.domain.rollouts import NEEDS_QUALITY_GATE, PauseReason, Proposal, Rollout, RolloutState
 from optiinfra_pipelines.rollout import gate
 from optiinfra_pipelines.rollout.machine import Input
 from optiinfra_pipelines.rollout.proposal import faults
 from optiinfra_pipelines.rollout.quality import read_prompts
+from resources.breaker import Policy
 from resources.engine_scraper import EngineScraper
 from resources.local_launcher import LocalLauncher
 from resources.metrics_endpoint import MetricsEndpoints
@@ -34,6 +37,7 @@ from resources.rollout_targets.dry_run import DryRunTarget
 from resources.rollout_targets.haproxy import HaproxyTarget
 
 STORE_FILE = "rollouts.sqlite"
+_NEVER = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -92,17 +96,20 @@ class Rollouts:
         folder = self.root / "haproxy"
         launcher = LocalLauncher(folder / "replicas")
         target = HaproxyTarget(settings, folder, launcher)
-        servers = (*settings.stable, *settings.candidates)
-        scraped = Fleet(targets=tuple(Target(name=server.server, url=server.metrics) for server in servers))
+        # No breaker: a rollout asks a handful of servers, and one that comes up must be seen at the next look.
+        endpoints = MetricsEndpoints(policy=Policy(failures_to_open=_NEVER))
+        servers = {
+            one.server: Target(name=one.server, url=one.metrics) for one in (*settings.stable, *settings.candidates)
+        }
+        scraper = EngineScraper(Fleet(targets=tuple(servers.values())), endpoints)
 
-        @cache
-        def scraper() -> EngineScraper:
-            return EngineScraper(scraped, MetricsEndpoints.of_fleet(scraped))
+        def scrape(wanted: Sequence[HaproxyServer], at: datetime) -> Mapping[str, pl.DataFrame]:
+            return scraper.frames_of(endpoints.scrape([servers[one.server] for one in wanted], at))
 
         is_alive = launcher.is_alive if settings.launch is not None else lambda _: None
         feed = ScrapeFeed(
             target,
-            lambda at: scraper().collect(at),
+            scrape,
             row.proposal.plan.latency_signals,
             is_alive,
             self.policy.look_seconds,

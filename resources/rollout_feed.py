@@ -6,13 +6,14 @@ tick. Meaning is `optiinfra_pipelines.engines`, deltas are `rollout.counts`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 import polars as pl
 
+from optiinfra_pipelines.domain.rollout_policy import HaproxyServer
 from optiinfra_pipelines.rollout.counts import Buckets, CountTracker, ProcessPage
 from optiinfra_pipelines.rollout.guards import ReplicaHealth
 from optiinfra_pipelines.rollout.margins import StableHistogram
@@ -27,7 +28,8 @@ MIN_REFERENCE_REQUESTS = 300
 MIN_REFERENCE_SECONDS = 120.0
 _MINUTE = 60.0
 
-Scrape = Callable[[datetime], Mapping[str, pl.DataFrame]]
+# Frames of the raw tables of these servers, targets named by server.
+Scrape = Callable[[Sequence[HaproxyServer], datetime], Mapping[str, pl.DataFrame]]
 IsAlive = Callable[[str], bool | None]
 
 
@@ -41,7 +43,7 @@ class _Reference:
 
 
 class ScrapeFeed:
-    """Both arms of one HAProxy backend. scrape: frames of the raw tables of its replicas, targets named by server.
+    """Both arms of one HAProxy backend: the stable servers and the candidates that were started.
 
     is_alive: whether a candidate's process runs; None where that is not known here. signals: judged latencies.
     """
@@ -66,12 +68,12 @@ class ScrapeFeed:
         """Both arms' counters now. Asked twice within half a look, it answers the same."""
         if self._last is not None and 0 <= now.seconds - self._last[0] < self._look_seconds / 2:
             return self._last[1]
-        frames = self._scrape(now.at)
+        ours, theirs = self._target.started_servers(), self._target.stable_servers
+        frames = self._scrape((*ours, *theirs), now.at)
         pages = self._pages(frames)
         samples = {row["target"]: row for row in frames["raw_engine_samples"].iter_rows(named=True)}
         up = set(frames["raw_scrapes"].filter(pl.col("is_up"))["target"])
-        candidates = [server.server for server in self._target.candidate_servers]
-        stable = [server.server for server in self._target.stable_servers]
+        candidates, stable = ([server.server for server in arm] for arm in (ours, theirs))
         gateway = self._target.gateway_counts()
         arms = []
         for names in (candidates, stable):
@@ -84,10 +86,7 @@ class ScrapeFeed:
         readings = Readings(
             arms[0],
             arms[1],
-            tuple(
-                self._health(server.server, server.server in up, samples.get(server.server))
-                for server in self._target.started_servers()
-            ),
+            tuple(self._health(name, name in up, samples.get(name)) for name in candidates),
             _sum(samples, candidates, "preemptions_total"),
             _sum(samples, stable, "preemptions_total"),
         )
