@@ -134,8 +134,10 @@ class Warehouse:
                 self._tell_held(None)
                 return "duplicate" if duplicates else "stored"
         except (WarehouseLockedError, duckdb.TransactionException) as error:
-            # Held too long, or two transactions of this process touched the same thing: both pass by waiting.
-            self._tell_held(str(error))
+            # Held too long, or two transactions of this process touched the same thing: both pass by waiting. A commit
+            # that found the disk full is neither, and is named when its batch finds no room to wait either.
+            if "No space left" not in str(error):
+                self._tell_held(str(error))
             return self._keep(batch)
         finally:
             self._database.append_lock.release()
