@@ -26,11 +26,12 @@ from optiinfra_pipelines.domain.recommendations import Recommendation
 MAX_PACK_CHARS = 14_000
 # What is shown of each kind before the rest competes for the space left.
 _FIRST = {"finding": 8, "recommendation": 5, "abstention": 3}
-_MAX_FACTS = 12
+_MAX_FACTS = 16
+_MAX_WINDOWS = 3
 _MAX_SAYS_CHARS = 360
 _MAX_NAME_CHARS = 120
 _RANK = {Severity.CRITICAL: 0, Severity.WARNING: 1, Severity.INFO: 2}
-_NAME_LIKE = re.compile(r"(?:--)?[A-Za-z0-9][A-Za-z0-9_.\-/:@+=~]*")
+_NAME_LIKE = re.compile(r"(?=.*[A-Za-z])(?:--)?[A-Za-z0-9][A-Za-z0-9_.\-/:@+=~]*")
 _HIDING = re.compile(r"[^\x20-\x7e]")
 _NAMING_KEYS = ("target", "deployment", "host", "gpu_uuid", "model_name", "engine_rank", "metric", "pid")
 
@@ -110,17 +111,19 @@ def moments(*at: datetime | None) -> list[str]:
 
 
 def signal_facts(signals: Iterable[Signal]) -> list[Fact]:
-    """Each value with its threshold and the length of its window. A value that is not known is no fact."""
+    """Each value with its threshold, then the lengths of the windows. A value that is not known is no fact."""
     facts: list[Fact] = []
+    windows: list[Fact] = []
     for signal in signals:
         if signal.value is None:
             continue
         facts.append(Fact(name=signal.name, value=signal.value, unit=signal.unit))
         if signal.threshold is not None:
             facts.append(Fact(name=f"{signal.name} threshold", value=signal.threshold, unit=signal.unit))
-        seconds = (signal.window_end - signal.window_start).total_seconds()
-        facts.append(Fact(name=f"{signal.name} window", value=seconds, unit="s"))
-    return list(dict.fromkeys(facts))[:_MAX_FACTS]
+        # Scrapes are some milliseconds off their cadence; a window is told in whole seconds.
+        seconds = round((signal.window_end - signal.window_start).total_seconds())
+        windows.append(Fact(name="window", value=seconds, unit="s"))
+    return [*dict.fromkeys(facts)][:_MAX_FACTS] + [*dict.fromkeys(windows)][:_MAX_WINDOWS]
 
 
 def signal_names(signals: Iterable[Signal]) -> list[str]:
@@ -134,7 +137,7 @@ def signal_names(signals: Iterable[Signal]) -> list[str]:
 
 
 def _finding_item(finding: Finding) -> EvidenceItem:
-    lasted = (finding.last_seen_at - finding.since).total_seconds()
+    lasted = round((finding.last_seen_at - finding.since).total_seconds())
     raw_names = [
         finding.subject.name,
         *finding.subject.name.split("/"),
@@ -152,7 +155,7 @@ def _finding_item(finding: Finding) -> EvidenceItem:
         subject=shown_name(finding.subject.name) or None,
         says=_say(finding.summary + followed, raw_names),
         names=_names([*raw_names, *moments(finding.since)]),
-        facts=(*signal_facts(finding.evidence), Fact(name="lasted", value=max(0.0, lasted), unit="s")),
+        facts=(*signal_facts(finding.evidence), Fact(name="lasted", value=max(0, lasted), unit="s")),
     )
 
 
@@ -209,7 +212,8 @@ def _number(value: str | None) -> float | None:
 def _say(text: str, raw_names: Iterable[str]) -> str:
     """A sentence of ours with the names in it as the pack shows them."""
     for name in sorted(set(raw_names), key=len, reverse=True):
-        if name and name != shown_name(name):
+        # A name without a letter cannot be told from the sentence's own numbers.
+        if re.search(r"[^\W\d_]", name) and name != shown_name(name):
             text = text.replace(name, shown_name(name))
     return clean(text, _MAX_SAYS_CHARS)
 

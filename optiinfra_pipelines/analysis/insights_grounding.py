@@ -1,10 +1,11 @@
 """Whether every number and every name of a narrative is in the evidence that its sentence cites.
 
 Pure. The check is closed: a text is read from end to end, and each piece must be (1) a name, flag, kind or whole
-sentence of the cited evidence, letter for letter, (2) a number that tells one of its facts (`insights_quantities`),
-(3) a plain word (`insights_words`), or (4) ordinary punctuation. Anything else is a fault, so that what nobody thought
-of is refused. What it cannot see: a plain-word claim that no number or name gives away; `sections` narrows that by
-tying the summary to the worst finding and the first action to the first recommendation.
+sentence of the cited evidence, letter for letter, (2) a number that tells one of its facts, or one that its own
+sentence states (`insights_quantities`), (3) a plain word (`insights_words`), or (4) ordinary punctuation. Anything else
+is a fault, so that what nobody thought of is refused. What it cannot see: a plain-word claim that no number or name
+gives away; `_section_faults` narrows that by tying the summary to the worst finding and the first action to the first
+recommendation.
 """
 
 from __future__ import annotations
@@ -38,8 +39,14 @@ _RANGE_AHEAD = re.compile(r"\s*(?:-|–|to|and)\s*(?=\$?\d)")
 _PUNCTUATION = re.compile(r"[ .,;:!?()\"'’‘“”…–—`\-\[\]" + _MASK + "]")
 # A dash that begins a word is a flag's; one between words is not.
 _FLAG = re.compile(r"(?<![\w\x01%)])--?[A-Za-z]")
-# A digit beside these is a date, a time, a fraction, a version or an address: none is a number that can be checked.
-_GLUED = re.compile(r"\d[/:]\d|[\w.]\.\d+\.\d|\d\.\d+\.\d|\d,\d(?!\d\d)|\d_|_\d")
+# Digits that are no number by themselves: of dates, times, fractions, versions, addresses, and groups not of three.
+_GLUED = re.compile(
+    r"\d[/:]\d|[\w.]\.\d+\.\d|\d\.\d+\.\d|\d_|_\d"
+    r"|\d +\d|(?<!\d)\.\d|(?<![\d.,])0\d|\d,(?!\d{3}(?!\d))\d|\d{4},\d{3}"
+)
+# A number with one of these beside it is part of something else.
+_JOINED_BEFORE = re.compile(r"[\w:/.+\-]$")
+_JOINED_AFTER = re.compile(r"[\w:/+\-]|\.\d")
 _LOWERING_WORDS = """
 less lower fewer below under down fall falls fell fallen drop drops dropped reduce reduces reduced decrease decreases
 decreased decline declines shrink shrinks cut cuts save saves saved saving shorter smaller faster
@@ -92,7 +99,22 @@ def problems_of(sentence: Sentence, items: Mapping[str, EvidenceItem], roster: S
     foreign = [name for name in roster if _pattern(name).search(masked)]
     if foreign:
         return [f"names {', '.join(map(repr, foreign))}, which the evidence it cites does not"]
-    return list(_read(masked, [fact for item in cited for fact in item.facts]))
+    return list(_read(masked, [fact for item in cited for fact in (*item.facts, *_said_facts(item))]))
+
+
+def _said_facts(item: EvidenceItem) -> Iterator[Fact]:
+    """The numbers of an item's own sentence, as they stand there; names, dates and versions are none."""
+    text = _mask(item.says, [name for name in _atoms([item]) if name not in (item.says, item.says.rstrip("."))])
+    for number in _NUMBER.finditer(text):
+        if _JOINED_BEFORE.search(text, 0, number.start()):
+            continue
+        quantity, end = _quantity(text, number)
+        if quantity is None or _JOINED_AFTER.match(text, end) or multiplier(number["attached"] or "") is not None:
+            continue
+        # Without a unit of its own the number counts whatever the sentence speaks of.
+        unit = "" if quantity.unit is None else quantity.unit_written
+        name = item.says if quantity.unit is None else unit
+        yield Fact(name=name, value=(quantity.sign or 1) * quantity.magnitude, unit=unit)
 
 
 def _atoms(items: Sequence[EvidenceItem]) -> list[str]:
@@ -109,7 +131,7 @@ def _atoms(items: Sequence[EvidenceItem]) -> list[str]:
 @lru_cache(maxsize=4096)
 def _pattern(atom: str) -> re.Pattern[str]:
     """The atom as a whole name. Kinds are also found as words: memory pressure for MEMORY_PRESSURE."""
-    is_kind = re.fullmatch(r"[A-Z][A-Z0-9]+(?:[_ ][A-Z0-9]+)+", atom) is not None
+    is_kind = re.fullmatch(r"[A-Z][A-Z0-9_ ]{5,}", atom) is not None
     body = re.escape(atom).replace("_", "[_ ]") if is_kind else re.escape(atom)
     # A dot or a slash goes on with a name only when more of a name follows; at a sentence's end it does not.
     return re.compile(rf"(?<![\w\-/@:])(?<![\w]\.){body}(?!\w|[\-/@:.]\w)", re.IGNORECASE if is_kind else re.NOFLAG)
@@ -178,6 +200,7 @@ def _quantity(text: str, number: re.Match[str]) -> tuple[Quantity | None, int]:
     magnitude = float(number["digits"].replace(",", "") + (number["fraction"] or "")) * 10.0**exponent
     step = 10.0 ** (exponent - decimals)
     unit, factor = None, 1.0
+    digits_end = number.start("attached") if number["attached"] else end
     attached = number["attached"]
     if attached:
         unit = parse_unit(attached)
@@ -201,7 +224,8 @@ def _quantity(text: str, number: re.Match[str]) -> tuple[Quantity | None, int]:
         unit = unit or Unit("money")
         unit, end = _with_rate(text, unit, end)
     sign = {"+": 1, "-": -1, "−": -1}.get(number["sign"] or "", 0)
-    return Quantity(text[number.start() : end].strip(), magnitude * factor, step * factor, sign, unit), end
+    written = "USD" + text[digits_end:end] if number["money"] else text[digits_end:end]
+    return Quantity(text[number.start() : end].strip(), magnitude * factor, step * factor, sign, unit, written), end
 
 
 def _unit_ahead(text: str, at: int) -> tuple[Unit | None, int]:

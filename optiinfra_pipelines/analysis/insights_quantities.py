@@ -30,13 +30,17 @@ class Unit:
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number as written. `step`: size of its last digit. `sign`: +1 or -1 where written, else 0."""
+    """A number as written. `step`: size of its last digit. `sign`: +1 or -1 where written, else 0.
+
+    unit_written: the text behind the digits that gave the unit.
+    """
 
     written: str
     magnitude: float
     step: float
     sign: int = 0
     unit: Unit | None = None
+    unit_written: str = ""
 
 
 _SYMBOLS: Mapping[str, Unit] = MappingProxyType(
@@ -79,7 +83,7 @@ NUMBER_WORDS: Mapping[str, float] = MappingProxyType({word: i for i, word in enu
 
 def parse_unit(symbol: str) -> Unit | None:
     """The unit of a symbol or word, such as `ms`, `%`, `tokens`, `tokens/s`, `USD/h`; None when it is none we know."""
-    head, has_rate, per = symbol.strip().partition("/")
+    head, has_rate, per = re.sub(r"\s+(?:per|an?)\s+", "/", symbol).strip(" -").partition("/")
     unit = _SYMBOLS.get(head) or _SYMBOLS.get(head.lower() if len(head) > 2 else head)
     if unit is None:
         noun = singular(head)
@@ -124,11 +128,11 @@ def tells(quantity: Quantity, fact: Fact, *, is_lower: bool) -> bool:
 def _factor(stated: Unit | None, fact: Fact) -> float | None:
     """What one of the stated unit is in the fact's own; None when they measure different things.
 
-    Without a stated unit the number must be in the fact's own.
+    Without a stated unit the number must be in the fact's own; percent are never meant without being said.
     """
-    if stated is None:
-        return 1.0
     own = parse_unit(fact.unit)
+    if stated is None:
+        return None if own is not None and own.dimension == "ratio" and own.scale != 1.0 else 1.0
     if stated.dimension == "count":
         if (stated.per_seconds is None) != (own is None or own.per_seconds is None):
             return None

@@ -27,7 +27,7 @@ class Fact(Frozen):
 
 
 class EvidenceItem(Frozen):
-    """One claim that a sentence may cite. Only `facts` and `names` may be repeated in a text, and `says` as a whole."""
+    """One claim that a sentence may cite: its facts, its names, the numbers of `says`, and `says` as a whole."""
 
     id: Annotated[str, StringConstraints(pattern=r"^E\d{1,3}$")]
     kind: EvidenceKind

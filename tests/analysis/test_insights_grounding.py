@@ -83,6 +83,19 @@ def test_what_the_evidence_says_may_be_said(text: str) -> None:
         ("The load doubled.", "doubled"),
         ("Half of it is idle.", "Half"),
         ("The queue grew tenfold.", "tenfold"),
+        ("41 000 preemptions happened.", "1 0"),
+        (".9 of it is in use.", ".9"),
+        ("012 requests wait.", "01"),
+        ("1,2 requests wait.", "1,2"),
+        ("0,9731 of it is in use.", "0,9"),
+        ("The 5th request waits.", "5th"),
+        ("12 requests per second wait.", "12 requests per second"),
+        ("12 times as many wait.", "12 times"),
+        ("Twenty requests wait.", "Twenty"),
+        ("Thousands of requests wait.", "Thousands"),
+        ("There is an imbalance.", "IMBALANCE"),
+        ("VLLM-7 waits.", "VLLM"),
+        ("vllm-7-canary waits.", "vllm"),
         ("１２ requests wait.", "neither plain text"),
         ("½ of it waits.", "neither plain text"),
         ("The usage is 97\u200b31 %.", "neither plain text"),
@@ -149,6 +162,28 @@ def test_the_summary_names_the_worst_and_the_first_action_is_the_recommendation(
         "summary: does not name 'sgl-2' of E1, the most severe finding",
         "first_action: does not cite E3, the first recommendation",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_right"),
+    [
+        ("11.6 s of work is queued for 5 requests.", True),
+        ("Work of 11,600 ms is queued; costs fall by 5 %.", True),
+        ("It costs $4.20 an hour.", True),
+        ("12 periods are known.", True),
+        ("11.6 requests wait.", False),
+        ("Costs rise by 5 %.", False),
+        ("32 requests wait.", False),  # of a version
+        ("35 requests wait.", False),  # of a time
+        ("2 requests wait.", False),  # of a fraction
+    ],
+)
+def test_numbers_of_the_evidences_own_sentence_count(text: str, is_right: bool) -> None:
+    """What the finding itself states may be repeated; digits of its versions, times and fractions are no numbers."""
+    stated = "1/2 of v0.32.1 at 10.0.0.5:80: 5 requests, 11.6 s queued, -5 % at $4.20 per hour in 12 periods, 17:35:58"
+    cited = item(Fact(name="x", value=777.0, unit="s")).model_copy(update={"says": stated})
+
+    assert (problems_of(Sentence(text=text, evidence=("E9",)), {"E9": cited}) == []) is is_right
 
 
 ODD_DIGITS = st.characters(categories=["Nd", "Nl", "No"])
@@ -237,6 +272,15 @@ def test_the_list_has_no_word_that_evidence_could_not_carry() -> None:
     """No multiple, share, all-clear, approval or date is an ordinary word, also with an ending."""
     assert not [word for word in FORBIDDEN.split() if is_plain(word)]
     assert all(word.isascii() and word.isalpha() and word.islower() for word in WORDS)
+
+
+def test_a_name_of_digits_lends_no_number() -> None:
+    """A target called 12 does not make 12 requests true."""
+    pack = make_pack([finding("12", summary="it waits", signals=(signal("queue_seconds", 2.0, "s", "12"),))], [], [])
+    items = {one.id: one for one in pack.items}
+
+    assert problems_of(Sentence(text="12 requests wait.", evidence=("E1",)), items, pack.roster) != []
+    assert problems_of(Sentence(text='"12" waits.', evidence=("E1",)), items, pack.roster) == []
 
 
 def test_hostile_names_are_quoted_whole_or_refused() -> None:
