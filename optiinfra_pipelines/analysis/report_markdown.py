@@ -17,7 +17,7 @@ _MAX_ROWS = 12
 _MAX_CARDS = 5
 _MARKUP = re.compile(r"([\\`*_{}\[\]#|~>$^])")
 # What begins a list, a heading or a rule where it begins a line.
-_AT_START = re.compile(r"^(\s*)([-+=]|\d+(?=[.)]))")
+_AT_START = re.compile(r"^(\s*\d*)([-+=](?=[-+=\s]|$)|[.)](?=\s|$))")
 
 
 def to_markdown(document: Document) -> str:

@@ -441,6 +441,24 @@ def test_each_value_has_its_unit(shown: str, expected: str) -> None:
     assert shown == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("1.07/s", "1.07/s"),
+        ("-48 points", "-48 points"),
+        ("1. first", "1\\. first"),
+        ("- item", "\\- item"),
+        ("---", "\\---"),
+        ("a_b | c", "a\\_b \\| c"),
+        ("see http://x/", "see http\\[:\\]//x/"),
+        ("<b>&amp;", "&lt;b\\>&amp;amp;"),
+    ],
+)
+def test_markdown_is_escaped_where_it_would_act(text: str, shown: str) -> None:
+    """Numbers stay as they are; what begins a list, a rule, a cell, a link or HTML does not."""
+    assert escaped(text) == shown
+
+
 @given(st.text(max_size=200))
 def test_escaped_text_has_no_live_markup(text: str) -> None:
     """Every character that markdown acts on is behind a backslash, and none is lost."""
