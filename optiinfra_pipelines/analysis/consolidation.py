@@ -27,7 +27,6 @@ MAX_TENANTS = 2
 MIN_SAVED_GPUS = 1
 # CP-SAT's own clock, which counts steps and not seconds: the same answer on every machine.
 _DETERMINISTIC_LIMIT = 20.0
-_MIB = 1024**2
 
 
 @dataclass(frozen=True)
@@ -105,11 +104,10 @@ def consolidate(gpus: Sequence[Gpu], replicas: Sequence[Replica], *, max_tenants
     spare = max(one.gpus for one in replicas)
     held = {uuid for one in replicas for uuid in one.on}
     used = {uuid for places in placement.values() for uuid in places}
-    healthy = sum(gpu.is_healthy for gpu in gpus)
+    idle_before = sum(gpu.is_healthy and gpu.uuid not in held for gpu in gpus)
+    emptied = {gpu.uuid for gpu in gpus if gpu.is_healthy and gpu.uuid in held - used}
     # The spare is kept from what the packing empties, unless idle healthy cards beside it already are one.
-    idle_before = healthy - len(held)
-    kept = max(0, spare - idle_before)
-    freed = _freed(gpus, held - used, kept)
+    freed = _freed(gpus, emptied, kept=max(0, spare - idle_before))
     if len(freed) < MIN_SAVED_GPUS:
         return NoPlan(
             f"{len(held)} GPUs are held, {len(used)} would do and {spare} must stay spare (N+1): no whole GPU is saved"
@@ -215,7 +213,7 @@ def _place(
             model.add(used[g.uuid] == 0)
         model.add(sum(x[r.name, g.uuid] for r in replicas) <= max_tenants * used[g.uuid])
         model.add_implication(used[g.uuid], host_used[g.host])
-        model.add(sum(_mib(r) * x[r.name, g.uuid] for r in replicas) <= int(g.usable_bytes // _MIB))
+        model.add(sum(_needed_bytes(r) * x[r.name, g.uuid] for r in replicas) <= math.floor(g.usable_bytes))
         for a, b in strangers:
             model.add_at_most_one(x[a.name, g.uuid], x[b.name, g.uuid])
     for name in sorted({r.deployment for r in replicas}):
@@ -230,9 +228,9 @@ def _place(
     model.minimize(weight_gpu * sum(used.values()) + weight_host * sum(host_used.values()) + moves)
 
 
-def _mib(replica: Replica) -> int:
-    """Memory of one process on one GPU, rounded up."""
-    return math.ceil(((replica.bytes_per_gpu or 0.0) + CONTEXT_BYTES) / _MIB)
+def _needed_bytes(replica: Replica) -> int:
+    """Memory of one process on one GPU."""
+    return math.ceil((replica.bytes_per_gpu or 0.0) + CONTEXT_BYTES)
 
 
 def _may_share(*tenants: Replica) -> bool:

@@ -14,7 +14,6 @@ from datetime import datetime, timedelta
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-from scipy.stats import theilslopes
 
 LEVEL = 0.95
 # A slope over less than a day is the day's own shape.
@@ -90,6 +89,8 @@ def trend(series: pl.DataFrame, capacity: float | None = None) -> Trend | NoTren
 
 def _slope(days: Floats, value: Floats) -> tuple[float, float, float, float]:
     """Slope, interval and the line's value at the last point."""
+    from scipy.stats import theilslopes  # half a second to import: only where it is used
+
     found = theilslopes(value, days, alpha=LEVEL)
     slope, intercept = float(found[0]), float(found[1])
     residual = value - (intercept + slope * days)
