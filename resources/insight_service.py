@@ -14,10 +14,12 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import groq
 import httpx
+
+if TYPE_CHECKING:
+    import groq
 
 MODEL = "openai/gpt-oss-20b"
 # A narrative is some 600 tokens, and the model's own reasoning at low effort a few hundred; the rest is for long names.
@@ -65,6 +67,8 @@ class GroqService:
         The SDK bounds each read of the socket, not their sum: a server that sends a byte now and then would hold the
         caller for ever. So the request runs in a thread that is left behind, its connection closed, at the deadline.
         """
+        import groq  # a second of CPU to import: only when there is something to ask
+
         results: queue.SimpleQueue[Reply | Failure] = queue.SimpleQueue()
         client = groq.Groq(
             api_key=self._api_key,
@@ -97,6 +101,8 @@ def _tls() -> ssl.SSLContext:
 
 
 def _ask(client: groq.Groq, messages: list[dict[str, str]], schema: dict[str, object]) -> Reply | Failure:
+    import groq
+
     body: dict[str, Any] = {
         "model": MODEL,
         "messages": messages,
