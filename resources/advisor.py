@@ -21,7 +21,7 @@ from optiinfra_pipelines.analysis.advise_cache import (
     histogram_rows,
     reuse_of,
 )
-from optiinfra_pipelines.analysis.advise_load import forecast_rows
+from optiinfra_pipelines.analysis.advise_load import BOOSTED_ROWS, forecast_rows
 from optiinfra_pipelines.analysis.advise_scaling import capacity_rows, present_capacity, scaling_rows
 from optiinfra_pipelines.analysis.cold_start import ColdStart, cold_start, replica_starts
 from optiinfra_pipelines.analysis.kv_cache import Reuse
@@ -39,11 +39,15 @@ CLIENT_HISTORY = timedelta(days=60)
 
 @dataclass(frozen=True)
 class Advisor:
-    """One fleet's advice over one warehouse. Every method stores its rows and returns them, in the table's schema."""
+    """One fleet's advice over one warehouse. Every method stores its rows and returns them, in the table's schema.
+
+    boosted_rows: up to how many rows gradient boosting takes part in a forecast; it is most of what a run costs.
+    """
 
     warehouse: Warehouse
     clock: Callable[[], datetime]
     fleet: Fleet
+    boosted_rows: int = BOOSTED_ROWS
 
     @property
     def history(self) -> LoadHistory:
@@ -72,7 +76,7 @@ class Advisor:
         """load_forecast: one row per deployment, measure and horizon."""
         minutes = self.minutes()
         clients = self.history.clients(self.clock() - CLIENT_HISTORY)
-        made = forecast_rows(minutes, self.cold_starts(minutes), clients=clients)
+        made = forecast_rows(minutes, self.cold_starts(minutes), clients=clients, boosted_rows=self.boosted_rows)
         return self._kept("load_forecast", made)
 
     def fit_capacity(self) -> pl.DataFrame:

@@ -18,9 +18,9 @@ import polars as pl
 from optiinfra_pipelines.analysis.traces import TraceError
 from optiinfra_pipelines.domain.fleet import Deployment, Fleet, Frozen
 from optiinfra_pipelines.sql.loader import load_models
+from optiinfra_pipelines.sql.refresh import refresh_all
 from optiinfra_pipelines.sql.sources import raw_tables
 from resources.collectors import fleet_frames
-from resources.model_runner import ModelRunner
 from resources.trace_files import Progress, TraceFormat, read_client_loads, read_requests
 from resources.warehouse import Warehouse
 
@@ -144,10 +144,12 @@ def import_trace(
 
 
 def refresh_models(warehouse: Warehouse, now: datetime) -> None:
-    """Every model that has rows to read, brought up to the end of the trace, and the read copy."""
-    runner = ModelRunner(load_models(), warehouse, lambda: now)
-    for name in runner.models:
-        runner.refresh(runner.models[name])
+    """Every model brought up to the end of the trace, and the read copy. Nothing else waits for this warehouse, so
+    one connection does it all; and no row is put under retention: a trace is kept as long as its folder.
+    """
+    models = load_models()
+    with warehouse.connect() as connection:
+        refresh_all(connection, models, now)
     warehouse.publish()
 
 

@@ -21,13 +21,14 @@ from optiinfra_pipelines.defs.forecast import forecast_assets
 from optiinfra_pipelines.defs.kv_cache import kv_cache_assets
 from optiinfra_pipelines.defs.scaling import scaling_assets
 from resources.advice_store import AdviceStore, advice_tables
-from resources.dagster_stack import prepare_home
 from resources.trace_files import TraceFormat
 from resources.trace_import import ImportedTrace, ImportRefusedError, import_trace, read_marker
 from resources.warehouse import Warehouse, WarehouseError
 
 # An imported trace tells nothing of replicas: capacity is taken so that its busiest minute needs so many.
 REPLICAS_AT_PEAK = 20
+# Clients of a ServeGen fleet over its days are some 230,000 rows: a minute of CPU, once and on demand.
+BOOSTED_ROWS = 500_000
 
 
 def run(
@@ -71,19 +72,22 @@ def materialize_advice(home: Path, replicas_at_peak: int = REPLICAS_AT_PEAK) -> 
     if imported is None:
         raise ImportRefusedError(f"{home} holds no finished import of a trace; run `optiinfra import-trace` into it")
     warehouse = Warehouse(home / "warehouse", clock=lambda: imported.last_at)
+    given = (warehouse, lambda: imported.last_at, imported.fleet)
     assets = [
-        asset
-        for made in (forecast_assets, scaling_assets, kv_cache_assets)
-        for asset in made(warehouse, lambda: imported.last_at, imported.fleet)
+        *forecast_assets(*given, boosted_rows=BOOSTED_ROWS),
+        *scaling_assets(*given),
+        *kv_cache_assets(*given),
     ]
     days = max((imported.last_at - imported.first_at).total_seconds() / 86_400, 0.1)
     backtest: dict[str, Any] = {"replicas_at_peak": replicas_at_peak, "window_days": min(days, 14.0)}
-    prepare_home(home / "dagster")
-    with dg.DagsterInstance.from_config(str(home / "dagster")) as instance:
+    with dg.DagsterInstance.ephemeral() as instance:
         dg.materialize(
             assets,
             instance=instance,
-            run_config={"ops": {"scaling_backtest": {"config": backtest}}},
+            run_config={
+                "ops": {"scaling_backtest": {"config": backtest}},
+                "loggers": {"console": {"config": {"log_level": "WARNING"}}},
+            },
         )
     warehouse.publish()
     store = AdviceStore(warehouse)

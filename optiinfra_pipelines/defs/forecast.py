@@ -6,7 +6,7 @@ from datetime import datetime
 import dagster as dg
 import polars as pl
 
-from optiinfra_pipelines.analysis.advise_load import load_steps
+from optiinfra_pipelines.analysis.advise_load import BOOSTED_ROWS, load_steps
 from optiinfra_pipelines.analysis.plots import as_markdown, fan_chart
 from optiinfra_pipelines.defs.advice import advice_asset, result
 from optiinfra_pipelines.domain.fleet import Fleet
@@ -16,9 +16,11 @@ from resources.warehouse import Warehouse
 SHOWN_MEASURE = "demand_tokens_per_second"
 
 
-def forecast_assets(warehouse: Warehouse, clock: Callable[[], datetime], fleet: Fleet) -> list[dg.AssetsDefinition]:
-    """`load_forecast`, hourly."""
-    advisor = Advisor(warehouse, clock, fleet)
+def forecast_assets(
+    warehouse: Warehouse, clock: Callable[[], datetime], fleet: Fleet, boosted_rows: int = BOOSTED_ROWS
+) -> list[dg.AssetsDefinition]:
+    """`load_forecast`, hourly. boosted_rows: see `Advisor`."""
+    advisor = Advisor(warehouse, clock, fleet, boosted_rows)
 
     @advice_asset("load_forecast", ["int_load_minutes", "int_replica_starts"])
     def load_forecast() -> dg.MaterializeResult[None]:
