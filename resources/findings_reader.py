@@ -16,7 +16,7 @@ import polars as pl
 from optiinfra_pipelines.analysis.findings_deployment import DeploymentWindow
 from optiinfra_pipelines.analysis.findings_gpu import GpuWindow
 from optiinfra_pipelines.analysis.findings_host import HostWindow
-from optiinfra_pipelines.analysis.findings_window import Capacity, EngineWindow, HitHistory
+from optiinfra_pipelines.analysis.findings_window import Capacity, EngineWindow, HitHistory, cleaned
 from optiinfra_pipelines.domain.fleet import Fleet, Source, Target
 
 # Long enough for two refreshes to overlap at the default cadence, short enough to be about now.
@@ -74,7 +74,8 @@ def read_windows(
 ) -> Windows:
     """Windows that end at `now`, for every target, deployment and host of the fleet and every GPU seen lately."""
     engines = _engine_windows(connection, fleet, now, values)
-    configs = connection.sql("select * from stg_engine_configs").pl()
+    # As a list of entries, which is how frames hold a map.
+    configs = connection.sql("select * replace (map_entries(settings) as settings) from stg_engine_configs").pl()
     hosts = _hosts_at_work(fleet, engines)
     return Windows(
         at=now,
@@ -98,7 +99,7 @@ def _engine_windows(
 ) -> tuple[EngineWindow, ...]:
     start = now - ENGINE_WINDOW
     scrapes = _near(connection, "stg_scrapes", start, now)
-    samples = _near(connection, "stg_engine_samples", start, now)
+    samples = cleaned(_near(connection, "stg_engine_samples", start, now))
     wanted = ", ".join(f"'{metric}'" for metric in METRICS)
     histograms = _near(connection, "stg_engine_histograms", start, now, f" and metric in ({wanted})")
     bounds = dict(connection.execute("select bounds_id, upper_bounds from stg_histogram_bounds").fetchall())
@@ -121,6 +122,7 @@ def _engine_windows(
             scrapes=parts[0].get(target.name, scrapes.clear()),
             samples=parts[1].get(target.name, samples.clear()),
             histograms=parts[2].get(target.name, histograms.clear()),
+            is_clean=True,
             bounds=bounds,
             ready_replicas=ready.get(target.deployment or "") or None,
             objectives=objectives.get(target.deployment or "", ()),

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 import duckdb
+import polars as pl
 
 from optiinfra_pipelines.analysis.findings import diagnose
 from optiinfra_pipelines.analysis.findings_deployment import diagnose_deployment
@@ -121,32 +122,65 @@ def _save(
         _insert(connection, "findings", [_finding_row(one, now) for one in findings])
         evidence = [_signal_row(one.id, n, s) for one in findings for n, s in enumerate(one.evidence)]
         _insert(connection, "finding_evidence", evidence)
-        rows = [(now, one.subject.kind, one.subject.name, one.kind.value, one.reason) for one in abstentions]
-        _insert(connection, "finding_abstentions", rows)
+        _insert(connection, "finding_abstentions", [_abstention_row(one, now) for one in abstentions])
     except BaseException:
         connection.execute("rollback")
         raise
     connection.execute("commit")
 
 
-def _insert(connection: duckdb.DuckDBPyConnection, table: str, rows: Sequence[tuple[object, ...]]) -> None:
-    if rows:
-        places = ", ".join("?" * len(rows[0]))
-        connection.executemany(f"insert into {table} values ({places})", [list(row) for row in rows])
+def _insert(connection: duckdb.DuckDBPyConnection, table: str, rows: Sequence[Mapping[str, object]]) -> None:
+    """Rows by column name. As one frame: a thousand single inserts take seconds."""
+    if not rows:
+        return
+    connection.register("new_rows", pl.DataFrame(rows, infer_schema_length=None))
+    connection.execute(f"insert into {table} by name select * from new_rows")
+    connection.unregister("new_rows")
 
 
-def _finding_row(one: Finding, now: datetime) -> tuple[object, ...]:
-    return (
-        *(one.id, one.subject.kind, one.subject.name, one.kind.value, one.cause, one.severity.value),
-        *(one.since, one.until, one.last_seen_at, one.source, one.summary),
-        json.dumps([effect.model_dump(mode="json") for effect in one.consequences]),
-        *(one.caused_by, now, one.model_dump_json()),
-    )
+def _finding_row(one: Finding, now: datetime) -> dict[str, object]:
+    return {
+        "id": one.id,
+        "subject_kind": one.subject.kind,
+        "subject_name": one.subject.name,
+        "kind": one.kind.value,
+        "cause": one.cause,
+        "severity": one.severity.value,
+        "since": one.since,
+        "until": one.until,
+        "last_seen_at": one.last_seen_at,
+        "source": one.source,
+        "summary": one.summary,
+        "consequences": json.dumps([effect.model_dump(mode="json") for effect in one.consequences]),
+        "caused_by": one.caused_by,
+        "updated_at": now,
+        "document": one.model_dump_json(),
+    }
 
 
-def _signal_row(finding_id: str, place: int, signal: Signal) -> tuple[object, ...]:
-    return (
-        *(finding_id, place, signal.name, signal.value, signal.unit, signal.window_start, signal.window_end),
-        *(signal.threshold, signal.table, json.dumps(dict(signal.keys)), signal.column, signal.statistic),
-        signal.sql(),
-    )
+def _signal_row(finding_id: str, place: int, signal: Signal) -> dict[str, object]:
+    return {
+        "finding_id": finding_id,
+        "place": place,
+        "name": signal.name,
+        "value": signal.value,
+        "unit": signal.unit,
+        "window_start": signal.window_start,
+        "window_end": signal.window_end,
+        "threshold": signal.threshold,
+        "table_name": signal.table,
+        "keys": json.dumps(dict(signal.keys)),
+        "column_name": signal.column,
+        "statistic": signal.statistic,
+        "sql": signal.sql(),
+    }
+
+
+def _abstention_row(one: Abstention, now: datetime) -> dict[str, object]:
+    return {
+        "judged_at": now,
+        "subject_kind": one.subject.kind,
+        "subject_name": one.subject.name,
+        "kind": one.kind.value,
+        "reason": one.reason,
+    }

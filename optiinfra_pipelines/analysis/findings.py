@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 import polars as pl
 
+from optiinfra_pipelines.analysis.bottleneck_stretches import Stretch
 from optiinfra_pipelines.analysis.bottlenecks import (
     Queue,
-    Stretch,
     memory_pressure,
     queue_buildup,
     waiting_runs,

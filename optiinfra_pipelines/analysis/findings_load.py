@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime
 
-from optiinfra_pipelines.analysis.bottlenecks import Queue, Stretch, wait_limit
+from optiinfra_pipelines.analysis.bottleneck_stretches import Stretch
+from optiinfra_pipelines.analysis.bottlenecks import Queue, wait_limit
 from optiinfra_pipelines.analysis.findings_window import EngineWindow
 from optiinfra_pipelines.analysis.latency_share import METRICS, Miss, PhaseShares
 from optiinfra_pipelines.domain.evidence import Signal, Statistic

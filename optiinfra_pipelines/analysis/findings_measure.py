@@ -26,6 +26,7 @@ class Tables:
 
     frames: Mapping[str, pl.DataFrame]
     bounds: Mapping[int, Sequence[float]] = field(default_factory=dict)
+    _lists: dict[tuple[str, str], list[object]] = field(default_factory=dict, repr=False, compare=False)
 
     def signal(
         self,
@@ -65,33 +66,64 @@ class Tables:
             return None
         if signal.statistic == "share_at_or_under":
             return self._share(rows, signal)
-        points = _points(rows, signal, signal.column)
-        if signal.statistic in ("sum", "count", "distinct"):
-            return _over_rows(rows, signal)
+        if signal.statistic in ("count", "distinct"):
+            known = [value for place in rows if (value := self._column(signal.table, signal.column)[place]) is not None]
+            return float(len(known) if signal.statistic == "count" else len(set(known)))
+        points = self._points(rows, signal, signal.column)
+        if signal.statistic == "sum":
+            return _sum(points)
         if signal.statistic == "sum_ratio":
-            return _quotient(_sum(points), _sum(_points(rows, signal, signal.per or "")))
+            return _quotient(_sum(points), _sum(self._points(rows, signal, signal.per or "")))
         if signal.statistic == "increase_ratio":
-            return _quotient(increase(points), increase(_points(rows, signal, signal.per or "")))
+            return _quotient(increase(points), increase(self._points(rows, signal, signal.per or "")))
         if signal.statistic == "mean_over_rate":
-            return _quotient(_mean(_moments(points, signal.across)), rate(_points(rows, signal, signal.per or "")))
+            return _quotient(_mean(_moments(points, signal.across)), rate(self._points(rows, signal, signal.per or "")))
         if signal.statistic in ("increase", "rate"):
             return increase(points) if signal.statistic == "increase" else rate(points)
         return _at_moments(_moments(points, signal.across), signal.statistic)
 
-    def _rows(self, signal: Signal) -> pl.DataFrame | None:
+    def _column(self, table: str, column: str) -> list[object]:
+        """One column as a list, made once: windows are small and asked often."""
+        key = (table, column)
+        if key not in self._lists:
+            self._lists[key] = self.frames[table][column].to_list()
+        return self._lists[key]
+
+    def _rows(self, signal: Signal) -> list[int] | None:
+        """Places of the rows that a signal is about."""
         frame = self.frames.get(signal.table)
         if frame is None or signal.column not in frame.columns:
             return None
-        time = pl.col(TIME[signal.table])
-        matches = [pl.col(column).cast(pl.String) == value for column, value in signal.keys if column in frame.columns]
-        return frame.filter(time >= signal.window_start, time <= signal.window_end, *matches)
+        times = self._column(signal.table, TIME[signal.table])
+        start, end = signal.window_start, signal.window_end
+        places = [place for place, at in enumerate(times) if isinstance(at, datetime) and start <= at <= end]
+        for column, wanted in signal.keys:
+            if column in frame.columns:
+                values = self._column(signal.table, column)
+                places = [place for place in places if values[place] is not None and str(values[place]) == wanted]
+        return places
 
-    def _share(self, rows: pl.DataFrame, signal: Signal) -> float | None:
+    def _points(self, rows: Sequence[int], signal: Signal, column: str) -> list[Point]:
+        """Known values; NaN is a value an engine prints for "no observation yet", so it is none."""
+        if column not in self.frames[signal.table].columns:
+            return []
+        values, times = self._column(signal.table, column), self._column(signal.table, TIME[signal.table])
         series = SERIES.get(signal.table)
-        edge = signal.threshold
+        keys = self._column(signal.table, series) if series else None
+        points: list[Point] = []
+        for place in rows:
+            value, at = values[place], times[place]
+            if isinstance(value, int | float) and isinstance(at, datetime) and not math.isnan(value):
+                points.append((at, keys[place] if keys else 1, float(value)))
+        return points
+
+    def _share(self, rows: Sequence[int], signal: Signal) -> float | None:
+        series, edge = SERIES.get(signal.table), signal.threshold
+        wanted = [TIME[signal.table], series or TIME[signal.table], "bounds_id", "bucket_counts"]
+        held = self.frames[signal.table][list(rows)].select(list(dict.fromkeys(wanted))).sort(TIME[signal.table])
         good = total = 0.0
         groups: dict[tuple[object, int], list[Sequence[float]]] = defaultdict(list)
-        for row in rows.sort(TIME[signal.table]).iter_rows(named=True):
+        for row in held.iter_rows(named=True):
             if row["bucket_counts"] and row["bounds_id"] in self.bounds:
                 groups[row[series] if series else 1, row["bounds_id"]].append(row["bucket_counts"])
         for (_, bounds_id), counts in groups.items():
@@ -123,19 +155,6 @@ def rate(points: Sequence[Point]) -> float | None:
     return _quotient(increase(points), (max(times) - min(times)).total_seconds())
 
 
-def _points(rows: pl.DataFrame, signal: Signal, column: str) -> list[Point]:
-    """Known values; NaN is a value an engine prints for "no observation yet", so it is none."""
-    if column not in rows.columns:
-        return []
-    series = SERIES.get(signal.table)
-    picked = rows.select(
-        pl.col(TIME[signal.table]),
-        pl.col(series).alias("series_") if series else pl.lit(1).alias("series_"),
-        pl.col(column).cast(pl.Float64, strict=False).alias("value_"),
-    )
-    return [(at, key, value) for at, key, value in picked.iter_rows() if value is not None and not math.isnan(value)]
-
-
 def _moments(points: Iterable[Point], across: Literal["sum", "max"]) -> list[tuple[datetime, float]]:
     values: dict[datetime, float] = {}
     for at, _, value in points:
@@ -159,15 +178,6 @@ def _at_moments(moments: Sequence[tuple[datetime, float]], statistic: Statistic)
     if statistic == "mean":
         return sum(values) / len(values)
     raise ValueError(f"{statistic} is not a statistic of moments")
-
-
-def _over_rows(rows: pl.DataFrame, signal: Signal) -> float | None:
-    column = rows[signal.column].drop_nulls()
-    if signal.statistic == "count":
-        return float(column.len())
-    if signal.statistic == "distinct":
-        return float(column.n_unique())
-    return None if column.is_empty() else float(column.cast(pl.Float64).sum())
 
 
 def _sum(points: Sequence[Point]) -> float | None:

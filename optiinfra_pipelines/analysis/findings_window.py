@@ -92,7 +92,8 @@ class EngineWindow:
     """One target in [start, end]; `end` is now.
 
     scrapes, samples, histograms: rows of stg_scrapes, stg_engine_samples, stg_engine_histograms of this target; rows
-    before `start` tell what was before (a restart needs it) and are not judged. bounds: bucket bounds by id.
+    before `start` tell what was before (a restart needs it) and are not judged. is_clean: samples have passed `cleaned`
+    already. bounds: bucket bounds by id.
     ready_replicas: engines behind a frontend, None when not known. objectives, capacity, hits: what to hold it against.
     """
 
@@ -104,6 +105,7 @@ class EngineWindow:
     samples: pl.DataFrame
     histograms: pl.DataFrame
     bounds: Mapping[int, Sequence[float]] = field(default_factory=dict)
+    is_clean: bool = False
     ready_replicas: int | None = None
     objectives: Sequence[Objective] = ()
     capacity: Capacity | None = None
@@ -118,7 +120,7 @@ class EngineWindow:
         return Tables(
             {
                 "stg_scrapes": _shaped("raw_scrapes", self.scrapes),
-                "stg_engine_samples": _cleaned(_shaped("raw_engine_samples", self.samples)),
+                "stg_engine_samples": self.samples if self.is_clean else cleaned(self.samples),
                 "stg_engine_histograms": _shaped("raw_engine_histograms", self.histograms),
             },
             self.bounds,
@@ -176,14 +178,17 @@ def is_restart(step: Step) -> bool:
 def _shaped(table: str, frame: pl.DataFrame) -> pl.DataFrame:
     """Exactly the columns of the raw table, in their types; a column that is not there is unknown."""
     schema = raw_tables()[table].polars_schema
+    if frame.schema == schema:
+        return frame
     missing = [pl.lit(None).cast(kind).alias(name) for name, kind in schema.items() if name not in frame.columns]
     return frame.with_columns(missing).select(pl.col(name).cast(kind, strict=False) for name, kind in schema.items())
 
 
-def _cleaned(samples: pl.DataFrame) -> pl.DataFrame:
+def cleaned(samples: pl.DataFrame) -> pl.DataFrame:
     """As stg_engine_samples: -1 and NaN are not shares of anything. Infinite values are nobody's count either."""
-    floats = [name for name, kind in samples.schema.items() if kind == pl.Float64]
-    finite = samples.with_columns(pl.when(pl.col(name).is_finite()).then(pl.col(name)).alias(name) for name in floats)
+    shaped = _shaped("raw_engine_samples", samples)
+    floats = [name for name, kind in shaped.schema.items() if kind == pl.Float64]
+    finite = shaped.with_columns(pl.when(pl.col(name).is_finite()).then(pl.col(name)).alias(name) for name in floats)
     return finite.with_columns(
         pl.when(pl.col(name).is_between(0, 1)).then(pl.col(name)).alias(name) for name in _RATIOS
     )

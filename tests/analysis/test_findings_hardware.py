@@ -9,7 +9,7 @@ from typing import Any
 import duckdb
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optiinfra_pipelines.analysis.findings import diagnose
@@ -143,6 +143,7 @@ def test_a_gpu_without_minutes_is_stale() -> None:
     assert diagnosis.judged == {FindingKind.STALE_OR_MISSING_DATA}
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.sampled_from(sorted(set(GPU) - {"host", "gpu_uuid", "mig_instance"})), max_size=21))
 def test_a_gpu_with_any_columns_unknown_raises_no_finding(hidden: list[str]) -> None:
     """A healthy GPU of which some columns are NULL is judged on the rest, or not at all."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import datetime, timedelta
+from functools import cache
 from pathlib import Path
 
 import duckdb
@@ -15,6 +16,7 @@ from optiinfra_pipelines.analysis.findings_window import EngineWindow
 from optiinfra_pipelines.domain.findings import Diagnosis, FindingKind
 from optiinfra_pipelines.domain.thresholds import threshold_values
 from optiinfra_pipelines.sql.loader import load_models
+from optiinfra_pipelines.sql.models import Models
 from tests.analysis.findings_recordings import (
     EPOCH,
     RECORDINGS,
@@ -196,6 +198,11 @@ def test_every_evidence_row_can_be_fetched_again(folder: str) -> None:
                 assert value == pytest.approx(signal.value), signal.name
 
 
+@cache
+def _models() -> Models:
+    return load_models()
+
+
 def stored(window: EngineWindow) -> duckdb.DuckDBPyConnection:
     """A database with the rows of a window under the names that evidence gives."""
     connection = duckdb.connect()
@@ -208,7 +215,7 @@ def stored(window: EngineWindow) -> duckdb.DuckDBPyConnection:
             schema={"bounds_id": pl.UInt64, "upper_bounds": pl.List(pl.Float64)},
         ),
     }
-    models = load_models()
+    models = _models()
     for name, frame in raw.items():
         connection.register("rows_", frame)
         connection.execute(f"create table {name} as select * from rows_")

@@ -65,7 +65,7 @@ def made(scrapes: list[dict[str, Any]], end_gap: float = 0.0) -> EngineWindow:
     )
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None)
+@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None)
 @given(st.lists(scrape, max_size=8), st.floats(0, 60))
 def test_any_input_ends_in_findings_and_reasons(scrapes: list[dict[str, Any]], end_gap: float) -> None:
     """NULLs, NaN, resets, gaps, dead scrapes: no error, and each kind is judged or has a reason, never both."""
@@ -81,7 +81,7 @@ def test_any_input_ends_in_findings_and_reasons(scrapes: list[dict[str, Any]], e
         assert any(signal.value is not None for signal in finding.evidence)
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None)
+@settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None)
 @given(st.lists(scrape, min_size=1, max_size=6), st.sampled_from(["requests_waiting", "kv_cache_usage_ratio"]))
 def test_a_column_that_is_never_told_decides_nothing(scrapes: list[dict[str, Any]], hidden: str) -> None:
     """Without KV usage there is no verdict on memory, without waiting requests none on queues."""
