@@ -11,6 +11,7 @@ import queue
 import re
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -67,6 +68,7 @@ class GroqService:
         The SDK bounds each read of the socket, not their sum: a server that sends a byte now and then would hold the
         caller for ever. So the request runs in a thread that is left behind, its connection closed, at the deadline.
         """
+        begun = time.monotonic()
         import groq  # a second of CPU to import: only when there is something to ask
 
         results: queue.SimpleQueue[Reply | Failure] = queue.SimpleQueue()
@@ -80,14 +82,13 @@ class GroqService:
                 transport=_CappedTransport(verify=_tls()),
                 timeout=deadline_seconds,
                 follow_redirects=False,
-                trust_env=True,
             ),
             timeout=deadline_seconds,
         )
         thread = threading.Thread(target=lambda: results.put(_ask(client, messages, schema)), daemon=True)
         thread.start()
         try:
-            return results.get(timeout=max(0.0, deadline_seconds))
+            return results.get(timeout=max(0.0, deadline_seconds - (time.monotonic() - begun)))
         except queue.Empty:
             return Failure("failed", f"no whole answer within {deadline_seconds:.0f} s")
         finally:
