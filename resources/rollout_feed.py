@@ -89,6 +89,7 @@ class ScrapeFeed:
             tuple(self._health(name, name in up, samples.get(name)) for name in candidates),
             _sum(samples, candidates, "preemptions_total"),
             _sum(samples, stable, "preemptions_total"),
+            _mean(samples, stable, "requests_waiting"),
         )
         self._remember(readings, now.seconds)
         self._last = (now.seconds, readings)
@@ -168,3 +169,9 @@ def _merge(minutes: dict[int, Buckets], minute: int, buckets: Buckets) -> None:
 def _sum(samples: Mapping[str, Mapping[str, Any]], names: list[str], column: str) -> float | None:
     known = [samples[name][column] for name in names if name in samples and samples[name][column] is not None]
     return float(sum(known)) if known else None
+
+
+def _mean(samples: Mapping[str, Mapping[str, Any]], names: list[str], column: str) -> float | None:
+    total = _sum(samples, names, column)
+    count = sum(1 for name in names if name in samples and samples[name][column] is not None)
+    return total / count if total is not None else None

@@ -18,13 +18,16 @@ from resources.rollout_clock import Moment
 
 @dataclass(frozen=True)
 class Readings:
-    """One tick of both arms. preemptions: cumulative over the arm's processes, None where not exposed."""
+    """One tick of both arms. preemptions: cumulative over the arm's processes, None where not exposed.
+
+    baseline_waiting: requests queued per stable replica."""
 
     canary: tuple[ProcessPage, ...]
     baseline: tuple[ProcessPage, ...]
     health: tuple[ReplicaHealth, ...] = ()
     canary_preemptions: float | None = None
     baseline_preemptions: float | None = None
+    baseline_waiting: float | None = None
 
 
 class Feed(Protocol):

@@ -228,7 +228,7 @@ class TrafficStage:
         self._baseline = _add(self._baseline, baseline, now_at[1], self._preemptions_at_start[1])
         assert self._guards is not None
         assert self._watch is not None
-        trips = self._guards.check(readings.health, self._canary, self._baseline)
+        trips = self._guards.check(readings.health, self._canary, self._baseline, readings.baseline_waiting)
         self._watch.observe(Look(now.seconds, canary, baseline, trips))
 
     def _passed(self, row: Rollout, step: Step, decision: Decision, evidence: dict[str, Any]) -> Progress:

@@ -10,6 +10,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
+
 from optiinfra_pipelines.domain.rollout_policy import HaproxyServer, HaproxySettings
 from resources.local_launcher import LocalLauncher
 
@@ -99,8 +101,6 @@ class Gateway:
 
     def kill(self) -> None:
         """kill -9 of the gateway with its worker."""
-        import psutil
-
         assert self.process is not None
         family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
         for one in family:
@@ -112,7 +112,20 @@ class Gateway:
         """End everything."""
         self.kill()
         for one in self.servers:
-            self.launcher.stop(one.server, 1.0)
+            process = process_at(one)
+            if process is not None:
+                process.kill()
+                process.wait(5)
+
+
+def process_at(server: HaproxyServer) -> psutil.Process | None:
+    """The fake engine that serves this server, whoever started it."""
+    port = server.url.rsplit(":", 1)[1]
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if str(FAKE_ENGINE) in line and port in line:
+            return process
+    return None
 
 
 def request(port: int) -> str | None:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-import psutil
 import pytest
 
 from optiinfra_pipelines.domain.fleet import Deployment, Fleet
@@ -21,7 +20,7 @@ from resources.rollout_executor import Executor
 from resources.rollout_ports import is_near
 from resources.rollout_targets import StaleTokenError, TargetError
 from resources.rollout_targets.haproxy import HaproxyTarget
-from tests.haproxy_kit import HAPROXY, Clients, Gateway
+from tests.haproxy_kit import HAPROXY, Clients, Gateway, process_at
 
 pytestmark = [
     pytest.mark.engine,
@@ -223,13 +222,11 @@ def test_a_candidate_that_is_killed_is_out_at_the_next_look(gateway: Gateway) ->
     with Clients(gateway.port) as clients:
         executor = begun(made, {"max_num_seqs": "128"}, KnobGroup.BATCHING)
         follow(executor, clock, until="of new requests")
-        [candidate] = [
-            process
-            for process in psutil.process_iter(["cmdline"])
-            if "--max-num-seqs" in (process.info["cmdline"] or []) and "128" in process.info["cmdline"]
-        ]
+        candidate = process_at(gateway.settings.candidates[0])
+        assert candidate is not None
         candidate.kill()
         killed = time.monotonic()
+        time.sleep(5.0 / SPEED)
         progress = executor.step(clock())
         seconds = time.monotonic() - killed
         assert progress.position.state in (RolloutState.FAILED, RolloutState.ROLLED_BACK)

@@ -24,6 +24,7 @@ MIN_WAITING_REQUESTS = 8.0
 # Twice the baseline's preemptions per request, where there are enough of them to divide.
 PREEMPTION_FACTOR = 2.0
 MIN_PREEMPTIONS = 20.0
+_BASELINE = ""
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,20 @@ class Guards:
         self._expected_kv_tokens = expected_kv_tokens
         self._started: dict[str, datetime] = {}
         self._waiting: dict[str, list[float]] = {}
+        self._means: dict[str, list[float]] = {}
 
-    def check(self, candidates: Sequence[ReplicaHealth], candidate: ArmTotals, baseline: ArmTotals) -> tuple[Trip, ...]:
-        """Every guard that trips in this tick; empty when none does."""
+    def check(
+        self,
+        candidates: Sequence[ReplicaHealth],
+        candidate: ArmTotals,
+        baseline: ArmTotals,
+        baseline_waiting: float | None = None,
+    ) -> tuple[Trip, ...]:
+        """Every guard that trips in this tick; empty when none does.
+
+        baseline_waiting: requests queued per baseline replica; growth that both arms share is load, not the candidate.
+        """
+        self._grown(_BASELINE, baseline_waiting)
         trips = [trip for replica in candidates for trip in self._replica(replica)]
         succeeded = candidate.requests - candidate.failed
         if candidate.requests >= MIN_REQUESTS_WITHOUT_SUCCESS and succeeded == 0:
@@ -96,20 +108,31 @@ class Guards:
         return trips + self._growing(replica)
 
     def _growing(self, replica: ReplicaHealth) -> list[Trip]:
-        if replica.waiting is None:
-            self._waiting.pop(replica.replica, None)
+        means, shared = self._grown(replica.replica, replica.waiting), self._means.get(_BASELINE, [])
+        if not means or means[-1] < MIN_WAITING_REQUESTS:
             return []
-        kept = self._waiting.setdefault(replica.replica, [])
-        kept.append(replica.waiting)
+        if shared and shared[-1] - shared[0] > (means[-1] - means[0]) / 2:
+            return []
+        steps = " -> ".join(f"{mean:.1f}" for mean in means)
+        return [Trip("waiting", f"{replica.replica}: requests waiting grow minute by minute: {steps}")]
+
+    def _grown(self, name: str, waiting: float | None) -> list[float]:
+        """Means of the last windows where each is larger than the one before and the last twice the first."""
+        self._means[name] = self._growth(name, waiting)
+        return self._means[name]
+
+    def _growth(self, name: str, waiting: float | None) -> list[float]:
+        if waiting is None:
+            self._waiting.pop(name, None)
+            return []
+        kept = self._waiting.setdefault(name, [])
+        kept.append(waiting)
         del kept[: -(GROWING_WINDOWS + 1) * WINDOW_TICKS]
         if len(kept) < (GROWING_WINDOWS + 1) * WINDOW_TICKS:
             return []
         means = [sum(kept[start : start + WINDOW_TICKS]) / WINDOW_TICKS for start in range(0, len(kept), WINDOW_TICKS)]
         is_growing = all(before < after for before, after in pairwise(means))
-        if not is_growing or means[-1] < MIN_WAITING_REQUESTS or means[-1] < 2 * means[0]:
-            return []
-        steps = " -> ".join(f"{mean:.1f}" for mean in means)
-        return [Trip("waiting", f"{replica.replica}: requests waiting grow minute by minute: {steps}")]
+        return means if is_growing and means[-1] >= 2 * means[0] else []
 
 
 def _preemptions(candidate: ArmTotals, baseline: ArmTotals) -> list[Trip]:

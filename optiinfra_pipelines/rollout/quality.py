@@ -67,9 +67,10 @@ def compare(prompts: Sequence[Prompt], answers: Sequence[tuple[str | None, str |
         return Quality(is_good=False, reason=f"{counts}: the baseline fails these prompts itself; use others")
     if ours >= theirs - ACCEPTED_LOSS_RATIO * len(right):
         return Quality(is_good=True, reason=counts)
-    # Beyond the accepted loss a difference must be chance to be let through: one-sided sign test.
+    # Beyond the accepted loss a difference must look like chance to be let through (one-sided sign test): one lost
+    # answer does, two lost and none won do not.
     chance = float(binomtest(lost, lost + won, 0.5, alternative="greater").pvalue)
-    return Quality(is_good=chance > 0.2, reason=f"{counts}; {lost} lost, {won} won, chance {chance:.2f}")
+    return Quality(is_good=chance > 0.3, reason=f"{counts}; {lost} lost, {won} won, chance {chance:.2f}")
 
 
 def _is_right(prompt: Prompt, answer: str | None) -> bool:
