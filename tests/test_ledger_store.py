@@ -6,10 +6,12 @@ import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import dagster as dg
 import numpy as np
 import polars as pl
 import pytest
 
+from optiinfra_pipelines.defs.recommendations import recommendation_assets
 from optiinfra_pipelines.domain.fleet import Deployment, Fleet, Target
 from optiinfra_pipelines.domain.recommendations import LedgerEvent, LedgerEventKind, LedgerState
 from optiinfra_pipelines.sql.loader import load_models
@@ -17,10 +19,11 @@ from optiinfra_pipelines.sql.sources import raw_tables
 from resources.ledger_store import LedgerStore
 from resources.model_runner import ModelRunner
 from resources.warehouse import Warehouse
+from resources.waste_store import WasteStore
 
 START = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 CHANGED_AT = START + timedelta(minutes=62)
-END = START + timedelta(hours=3)
+END = START + timedelta(minutes=140)
 SLOTS = 16
 FLEET = Fleet(
     targets=tuple(Target(name=f"r{n}", url=f"http://127.0.0.1:{n + 1}/metrics", deployment="chat") for n in range(4)),
@@ -37,6 +40,15 @@ READ = (
     "int_gpu_minutes",
     "fct_replica_load_5m",
     "fct_latency_5m",
+    "int_host_minutes",
+    "fct_replica_load_1h",
+    "fct_gpu_utilization_5m",
+    "fct_gpu_utilization_1h",
+    "fct_host_utilization_5m",
+    "fct_host_utilization_1h",
+    "fct_scrape_health",
+    "dim_targets",
+    "fct_utilization_trends",
 )
 
 
@@ -51,7 +63,7 @@ class Clock:
 
 
 def history() -> dict[str, pl.DataFrame]:
-    """Three hours of four vLLM replicas behind 16 slots with 40 waiting at 20 % KV; r0 and r1 get 32 slots after 62
+    """Two hours of four vLLM replicas behind 16 slots with 40 waiting at 20 % KV; r0 and r1 get 32 slots after 62
     minutes, with a restart, and 18 fewer wait there from then on."""
     rng = np.random.default_rng(7)
     samples: list[dict[str, object]] = []
@@ -155,12 +167,12 @@ def test_an_advised_raise_is_opened_applied_and_verified_against_the_unchanged_r
 
 
 def test_a_replay_fills_the_ledger_as_live_refreshes_did(recorded: Path, tmp_path: Path) -> None:
-    """One look at the end, or one every seventeen minutes: the same rows in every table, to the last column."""
+    """One look at the end, or one every 23 minutes: the same rows in every table, to the last column."""
     store(recorded, tmp_path / "once", Clock(END)).refresh()
     clock = Clock(START)
     live = store(recorded, tmp_path / "live", clock)
     while clock.now < END:
-        clock.now = min(END, clock.now + timedelta(minutes=17))
+        clock.now = min(END, clock.now + timedelta(minutes=23))
         live.refresh()
 
     assert tables(tmp_path / "live") == tables(tmp_path / "once")
@@ -233,3 +245,28 @@ def test_an_empty_warehouse_has_no_recommendations(tmp_path: Path) -> None:
     derived = LedgerStore(FLEET, warehouse, Clock(END)).refresh()
 
     assert (derived.windows, derived.opened, derived.standing) == (0, (), ())
+
+
+def test_the_assets_show_what_to_change_and_what_was_declined(recorded: Path, tmp_path: Path) -> None:
+    """One run of the real assets: the change with its flags, the reasons of the rest, waste without any GPU."""
+    clock = Clock(START + timedelta(minutes=20))
+    folder = tmp_path / "one"
+    ledger = store(recorded, folder, clock)
+    warehouse = Warehouse(folder, clock=clock)
+    assets = recommendation_assets(ledger, WasteStore(FLEET, warehouse, clock), 5, rollouts=lambda: ())
+
+    result = dg.materialize(assets)
+
+    assert result.success
+    shown = {
+        event.asset_key.to_user_string(): event.step_materialization_data.materialization.metadata
+        for event in result.get_asset_materialization_events()
+        if event.asset_key is not None
+    }
+    assert "`--max-num-seqs 16 -> --max-num-seqs 32" in str(shown["recommendations"]["recommendations"].value)
+    assert "too few to say" in str(shown["fct_recommendation_accuracy"]["accuracy"].value)
+    assert "unknown" in str(shown["recommendations"]["declined"].value)
+    assert shown["consolidation_plan"]["declined"].value == "no replica holds a GPU"
+    costs = warehouse.read("select deployment, gpu_hours, usd from fct_deployment_costs").to_dicts()
+    assert [cost["deployment"] for cost in costs] == ["chat"]
+    assert costs[0]["usd"] == pytest.approx(3.0 * costs[0]["gpu_hours"])

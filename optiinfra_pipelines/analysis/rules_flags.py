@@ -66,7 +66,7 @@ GROUPS: Mapping[Knob, KnobGroup] = {
     "token_budget": KnobGroup.BATCHING,
     "long_prefill": KnobGroup.BATCHING,
     "chunked_prefill": KnobGroup.BATCHING,
-    "queue_limit": KnobGroup.OTHER,
+    "queue_limit": KnobGroup.BATCHING,
     "frontend_processes": KnobGroup.OTHER,
     "weights_format": KnobGroup.QUANTIZATION,
     "tensor_parallel": KnobGroup.PARALLELISM,
@@ -117,7 +117,6 @@ FLAGS: Mapping[Engine, Mapping[Knob, Flag]] = {
     "tgi": {
         "kv_memory_share": Flag("cuda-memory-fraction"),
         "kv_dtype": Flag("kv-cache-dtype", since="2.3"),
-        "kv_blocks": Flag("max-batch-total-tokens", "batch_max_total_tokens", unit="tokens"),
         "max_sequences": Flag("max-batch-size", unit="requests"),
         "token_budget": Flag("max-batch-prefill-tokens", unit="tokens"),
         "queue_limit": Flag("max-concurrent-requests", unit="requests"),
