@@ -57,9 +57,9 @@ class TokenPrice:
 
 @dataclass
 class _Attempt:
-    """What one `write` has used so far."""
+    """What one `write` has used so far. until: the deadline on the monotonic clock, from the first question on."""
 
-    until: float
+    until: float = 0.0
     calls: int = 0
     tokens: int = 0
     usd: float | None = 0.0
@@ -100,7 +100,7 @@ class InsightWriter:
         """The insight on this evidence. Never raises for the service's sake: the template says why it stands in."""
         salt = f"{MODEL} {PROMPT_VERSION}"
         key, subjects = evidence_hash(pack, salt), subjects_hash(pack)
-        attempt = _Attempt(until=self._monotonic() + self._deadline_seconds)
+        attempt = _Attempt()
         if not any(item.kind != "status" for item in pack.items):
             return self._template(pack, key, subjects, "there is nothing to explain", attempt)
         if not self._key.get_secret_value():
@@ -112,6 +112,8 @@ class InsightWriter:
         if known.paused_until is not None:
             reason = f"the service asked not to be called before {known.paused_until:%Y-%m-%d %H:%M} UTC"
             return self._template(pack, key, subjects, reason, attempt)
+        # Waiting for the warehouse until here is not the service's time.
+        attempt.until = self._monotonic() + self._deadline_seconds
         outcome = self._asked(pack, attempt)
         if isinstance(outcome, str):
             _log.warning("insight_by_template", reason=outcome)
