@@ -26,6 +26,7 @@ from resources.engine_scraper import EngineScraper
 from resources.local_launcher import LocalLauncher
 from resources.metrics_endpoint import MetricsEndpoints
 from resources.rollout_clock import Clock, Moment, now_here
+from resources.rollout_deadman import Capsule, spawn
 from resources.rollout_executor import Executor
 from resources.rollout_feed import ScrapeFeed
 from resources.rollout_ports import Feed, Staging
@@ -137,6 +138,23 @@ class Rollouts:
             policy=self.policy,
             stamp=self.clock,
             run_id=run_id,
+        )
+
+    def guard(self, executor: Executor) -> None:
+        """Start the process that outlives an executor with a real target. A rehearsal needs none."""
+        row = self.store.get(executor.rollout_id)
+        haproxy = self.policy.of(row.deployment).haproxy
+        if executor.target.is_simulated or haproxy is None:
+            return
+        spawn(
+            Capsule(
+                store=str(self.store.path),
+                folder=str(self.root / "haproxy"),
+                rollout_id=row.rollout_id,
+                token=executor.token,
+                lease_seconds=self.policy.lease_seconds,
+                haproxy=haproxy,
+            )
         )
 
     def pace(self, target: RolloutTarget) -> Pace:

@@ -198,6 +198,9 @@ class TrafficStage:
             max_ticks=math.ceil(looks) + 1,
             min_requests=plan.min_requests,
             judge_errors=self._feed.counts_errors,
+            # Below a replica's fair share the candidate makes fewer tokens because it is asked for fewer.
+            judge_throughput=step.stage is Stage.VALIDATION,
+            margin_ratio=min(plan.margin_ratio, 0.99),
         )
 
     def _new_watch(self, row: Rollout, step: Step, now: Moment, plan: StepPlan | None) -> StepWatch:

@@ -3,6 +3,7 @@
 apt-get update && apt-get install -y haproxy && pytest -m engine tests/test_rollout_haproxy.py
 """
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ from optiinfra_pipelines.domain.fleet import Deployment, Fleet
 from optiinfra_pipelines.domain.rollout_policy import DeploymentRollouts, RolloutPolicy
 from optiinfra_pipelines.domain.rollouts import Change, KnobGroup, Proposal, RolloutPlan, RolloutState
 from resources.rollout_clock import Moment, now_here
+from resources.rollout_deadman import Capsule, spawn
 from resources.rollout_desk import Rollouts
 from resources.rollout_executor import Executor
 from resources.rollout_ports import is_near
@@ -239,3 +241,34 @@ def test_a_candidate_that_is_killed_is_out_at_the_next_look(gateway: Gateway) ->
 
     assert seconds < 2
     assert made.store.get("chat-1").position.state is RolloutState.ROLLED_BACK
+
+
+def test_a_dead_man_takes_traffic_off_when_the_executor_is_gone(gateway: Gateway) -> None:
+    """kill -9 of the process that executes, with no Dagster anywhere: weight 0 within the lease and two looks."""
+    clock = Fast()
+    made = rollouts(gateway, clock)
+    made.store.lease_seconds = 1.0
+    executor = begun(made, {"max_num_seqs": "128"}, KnobGroup.BATCHING)
+    target = executor.target
+    target.start_candidates(1, {"max_num_seqs": "128"}, executor.token)
+    target.set_share(50.0, executor.token)
+    capsule = Capsule(
+        store=str(made.store.path),
+        folder=str(made.root / "haproxy"),
+        rollout_id="chat-1",
+        token=executor.token,
+        lease_seconds=1.0,
+        haproxy=gateway.settings,
+    )
+    made.store.renew("chat-1", executor.token, now_here())
+    begun_at = time.monotonic()
+    pid = spawn(capsule)
+    while target.observe().percent > 0:
+        assert time.monotonic() - begun_at < 20
+        time.sleep(0.1)
+
+    events = [event.reason for event in made.store.events("chat-1")]
+    assert any(reason.startswith("dead-man: the executor was last seen") for reason in events)
+    with pytest.raises(StaleTokenError):
+        target.set_share(50.0, executor.token)
+    os.waitpid(pid, 0)

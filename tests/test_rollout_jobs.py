@@ -1,4 +1,4 @@
-"""Rollouts through real Dagster job executions: a rehearsal completes, a bad one goes back, nobody gets past the gate."""
+"""Rollouts through real Dagster job executions: a rehearsal completes, a bad one goes back, the gate holds."""
 
 import re
 from collections.abc import Iterator
@@ -7,12 +7,13 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from dagster._core.errors import DagsterExecutionInterruptedError
 
 from optiinfra_pipelines.defs.rollouts import rollout_assets, rollout_jobs
 from optiinfra_pipelines.domain.fleet import Fleet
 from optiinfra_pipelines.domain.rollout_policy import DeploymentRollouts, DryRunSettings, RolloutPolicy
 from optiinfra_pipelines.domain.rollouts import Rollout, RolloutState
-from resources.rollout_desk import Rollouts
+from resources.rollout_desk import Pace, Rollouts
 from sensors.rollouts import rollout_sensors
 
 QUICK = {"percents": [10.0, 50.0, 100.0], "bake_minutes": 2.0}
@@ -199,3 +200,40 @@ def test_the_dispatch_sensor_asks_for_one_run_per_approved_rollout(desk: Desk) -
 
     assert request.run_key == f"{row.rollout_id}:execute"
     assert request.run_config["ops"]["take_rollout"]["config"] == {"rollout_id": row.rollout_id}
+
+
+def test_a_run_that_is_ended_from_outside_takes_traffic_off_before_it_goes(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Terminate in the UI raises in the middle of a wait; the watchdog finishes the way back."""
+    row = desk.propose()
+    desk.approve(row)
+    slept = 0
+
+    def terminate(pace_of: Any) -> Pace:
+        pace = pace_to_real(pace_of)
+
+        def sleep(seconds: float) -> None:
+            nonlocal slept
+            slept += 1
+            if slept == 8:
+                assert desk.rollouts.target(row).observe().percent > 0
+                raise DagsterExecutionInterruptedError
+            pace.sleep(seconds)
+
+        return Pace(pace.clock, sleep)
+
+    pace_to_real = desk.rollouts.pace
+    monkeypatch.setattr(desk.rollouts, "pace", terminate)
+    with pytest.raises(DagsterExecutionInterruptedError):
+        desk.definitions.resolve_job_def("execute_rollout").execute_in_process(
+            run_config={"ops": {"take_rollout": {"config": {"rollout_id": row.rollout_id}}}}, instance=desk.instance
+        )
+
+    assert desk.rollouts.target(row).observe().percent == 0
+    assert desk.state(row) is RolloutState.FAILED
+    watch = desk.definitions.resolve_sensor_def("watch_rollouts")
+    with dg.build_sensor_context(instance=desk.instance, definitions=desk.definitions) as context:
+        watch.evaluate_tick(context)
+        assert desk.state(row) is RolloutState.ROLLED_BACK
+        assert watch.evaluate_tick(context).skip_message == "every rollout is in good hands"

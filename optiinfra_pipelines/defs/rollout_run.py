@@ -48,6 +48,7 @@ class Runs:
         executor = self._rollouts.executor(rollout_id, f"run:{context.run_id}", context.run_id)
         pace = self._rollouts.pace(executor.target)
         progress = executor.begin(pace.clock())
+        self._rollouts.guard(executor)
         self._runs[context.run_id] = _Run(executor, pace)
         context.log.info(progress.message)
 

@@ -115,7 +115,8 @@ def arm_tick(deltas: Iterable[ProcessDelta], bounds: Mapping[str, Iterable[float
     """
     observed: dict[str, int] = {}
     over: dict[str, dict[float, int]] = {}
-    requests = failed = 0
+    requests = failed = replicas = 0
+    tokens = 0.0
     is_any = False
     for delta in deltas:
         is_any = True
@@ -136,7 +137,10 @@ def arm_tick(deltas: Iterable[ProcessDelta], bounds: Mapping[str, Iterable[float
                 per_bound[bound] = per_bound.get(bound, 0) + total - int(at_or_under[bound])
         requests += delta.requests or 0
         failed += delta.failed or 0
-    return ArmTick(observed, over, requests, failed) if is_any else None
+        if delta.generation_tokens is not None:
+            replicas, tokens = replicas + 1, tokens + delta.generation_tokens
+    per_replica = tokens / replicas if replicas else None
+    return ArmTick(observed, over, requests, failed, per_replica) if is_any else None
 
 
 def _fell(before: ProcessPage, now: ProcessPage) -> bool:

@@ -21,10 +21,12 @@ from optiinfra_pipelines.rollout.eprocess import (
     combined_log_e,
 )
 from optiinfra_pipelines.rollout.margins import JudgedEdge
+from optiinfra_pipelines.rollout.throughput import ThroughputSequence
 
 # An odds ratio of two: errors that double from 0.1 % to 0.2 % are within what replicas differ by.
 ERROR_NULL_ODDS = 2.0
 ERRORS = "errors"
+THROUGHPUT = "generation_tokens_per_second"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class StepPlan:
     edges: judged edges of each latency signal, from the stable replicas' last hour. alpha: false-failure rate of the
     whole step, shared evenly by its signals. latency_stake: tempering from the A/A replay of stable replicas.
     max_ticks: ticks of the step with every extension. min_requests: of each arm, below which nothing passes.
+    judge_throughput: only where both arms carry the same load per replica; margin_ratio is its margin.
     """
 
     edges: Mapping[str, Sequence[JudgedEdge]]
@@ -42,6 +45,8 @@ class StepPlan:
     max_ticks: int = 360
     min_requests: int = 300
     judge_errors: bool = True
+    judge_throughput: bool = False
+    margin_ratio: float = 0.10
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
@@ -52,7 +57,8 @@ class StepPlan:
     @property
     def signals(self) -> tuple[str, ...]:
         latencies = tuple(name for name, edges in self.edges.items() if edges)
-        return (*latencies, ERRORS) if self.judge_errors else latencies
+        throughput = (THROUGHPUT,) if self.judge_throughput else ()
+        return (*latencies, *((ERRORS,) if self.judge_errors else ()), *throughput)
 
     @property
     def fail_at_log_e(self) -> float:
@@ -64,12 +70,14 @@ class ArmTick:
     """One arm in one tick: requests of each latency signal, how many went over each bound, and failures.
 
     observed: requests per signal. over: signal -> bound -> requests above it. requests, failed: for the error gate.
+    tokens_per_replica: tokens generated per replica, None where not told.
     """
 
     observed: Mapping[str, int] = field(default_factory=dict)
     over: Mapping[str, Mapping[float, int]] = field(default_factory=dict)
     requests: int = 0
     failed: int = 0
+    tokens_per_replica: float | None = None
 
 
 @dataclass
@@ -102,7 +110,8 @@ class StepJudge:
         self.plan = plan
         self.ticks = 0
         self._failed: SignalState | None = None
-        self._signals = [self._build(name) for name in plan.signals]
+        self._signals = [self._build(name) for name in plan.signals if name != THROUGHPUT]
+        self._throughput = ThroughputSequence(plan.margin_ratio) if plan.judge_throughput else None
 
     def _build(self, name: str) -> _Signal:
         ticks = self.plan.max_ticks
@@ -137,19 +146,42 @@ class StepJudge:
             if self._failed is None and state.log_e >= state.fail_at_log_e:
                 # A failure stands: that the wealth falls again later takes nothing back.
                 self._failed = state
+        self._observe_throughput(canary, baseline)
+
+    def _observe_throughput(self, canary: ArmTick, baseline: ArmTick) -> None:
+        if self._throughput is None or canary.tokens_per_replica is None or baseline.tokens_per_replica is None:
+            return
+        self._throughput.observe(canary.tokens_per_replica, baseline.tokens_per_replica)
+        if self._failed is None and self._throughput.log_e >= self.plan.fail_at_log_e:
+            self._failed = self._throughput_state(self._throughput)
+
+    def _throughput_state(self, throughput: ThroughputSequence) -> SignalState:
+        return SignalState(
+            signal=THROUGHPUT,
+            log_e=throughput.log_e,
+            fail_at_log_e=self.plan.fail_at_log_e,
+            canary_requests=throughput.batches,
+            baseline_requests=throughput.batches,
+            canary_over=0,
+            baseline_over=0,
+            bound=None,
+        )
 
     def states(self) -> tuple[SignalState, ...]:
-        return tuple(signal.state(self.plan.fail_at_log_e) for signal in self._signals)
+        counted = tuple(signal.state(self.plan.fail_at_log_e) for signal in self._signals)
+        return counted if self._throughput is None else (*counted, self._throughput_state(self._throughput))
 
     def verdict(self, *, is_dwell_over: bool) -> Verdict:
         """The verdict now. Before the dwell is over only FAIL is final; the rest says what is still missing."""
         states = self.states()
         if self._failed is not None:
             return self._say(VerdictKind.FAIL, _why_failed(self._failed), states)
-        silent = [state.signal for state in states if not state.canary_requests or not state.baseline_requests]
+        # Batches of throughput are no requests: it can fail a step, and its silence holds none up.
+        counted = [state for state in states if state.signal != THROUGHPUT]
+        silent = [state.signal for state in counted if not state.canary_requests or not state.baseline_requests]
         if silent:
             return self._say(VerdictKind.NODATA, f"no request in one of the arms for {', '.join(silent)}", states)
-        fewest = min(min(state.canary_requests, state.baseline_requests) for state in states)
+        fewest = min(min(state.canary_requests, state.baseline_requests) for state in counted)
         if fewest < self.plan.min_requests:
             reason = f"{fewest} of {self.plan.min_requests} requests in the smaller arm"
             return self._say(VerdictKind.INCONCLUSIVE, reason, states)
@@ -183,6 +215,11 @@ def _counts(signal: _Signal, canary: ArmTick, baseline: ArmTick) -> list[TickCou
 
 
 def _why_failed(state: SignalState) -> str:
+    if state.signal == THROUGHPUT:
+        evidence = math.exp(min(state.log_e, 50))
+        return (
+            f"{state.signal} of a replica are fewer than the margin allows: evidence {evidence:.3g}:1"
+        )
     what = "failed" if state.bound is None else f"over {state.bound:g} s"
     return (
         f"{state.signal}: {state.canary_over} of {state.canary_requests} canary requests {what}, "

@@ -1,6 +1,7 @@
 """A verdict fails a bad canary soon, passes nothing it has not seen, and says why with its numbers."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -73,6 +74,23 @@ def test_too_few_requests_are_inconclusive_with_the_number_that_is_missing() -> 
 
     assert verdict.kind is VerdictKind.INCONCLUSIVE
     assert "90 of 100 requests" in verdict.reason
+
+
+def test_fewer_tokens_at_equal_load_fail_and_equal_ones_only_share_the_error_rate() -> None:
+    """Throughput is judged beside the counts: half the tokens fail in minutes, with equal latencies and no error."""
+    random = np.random.default_rng(11)
+    for factor, kind in ((0.5, VerdictKind.FAIL), (1.0, VerdictKind.PASS)):
+        judge = StepJudge(StepPlan(edges={"ttft": EDGES}, min_requests=100, max_ticks=400, judge_throughput=True))
+        for _ in range(120):
+            tokens = float(random.lognormal(7, 0.2))
+            judge.observe(
+                replace(HEALTHY, tokens_per_replica=tokens * factor * float(random.lognormal(0, 0.1))),
+                replace(BASELINE, tokens_per_replica=tokens),
+            )
+        verdict = judge.verdict(is_dwell_over=True)
+        assert verdict.kind is kind
+        assert math.exp(judge.plan.fail_at_log_e) == pytest.approx(300)
+        assert ("generation_tokens_per_second" in verdict.reason) is (kind is VerdictKind.FAIL)
 
 
 def test_signals_share_the_error_rate() -> None:
