@@ -49,12 +49,20 @@ def minutes(home: Path) -> pl.DataFrame:
     return LoadHistory(Warehouse(home / "warehouse", clock=lambda: NOW)).minutes(since)
 
 
-def test_load_per_minute_is_what_the_trace_says(tmp_path: Path) -> None:
-    """Three requests in the first minute, none in the second, one in the third; it ends before now, on the grid."""
-    source = write(tmp_path, "a.csv", azure((0, 100, 10), (5.5, 200, 20), (59.9, 300, 0), (130, 40, 4)))
-    found = imported(source, "azure", tmp_path / "into")
-    rows = minutes(tmp_path / "into").drop_nulls("requests_per_second")
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImportedTrace, Path]:
+    """An import of four requests, and the folder it went into."""
+    folder = tmp_path_factory.mktemp("once")
+    source = write(folder, "a.csv", azure((0, 100, 10), (5.5, 200, 20), (59.9, 300, 0), (130, 40, 4)))
+    return imported(source, "azure", folder / "into"), folder / "into"
 
+
+def test_load_per_minute_is_what_the_trace_says(once: tuple[ImportedTrace, Path]) -> None:
+    """Three requests in the first minute, none in the second, one in the third; it ends before now, on the grid."""
+    found, home = once
+    rows = minutes(home).drop_nulls("requests_per_second")
+
+    assert read_marker(home) == found
     assert (found.requests, found.first_at.minute % 10, found.last_at <= NOW) == (4, 0, True)
     assert [round(rate * 60) for rate in rows["requests_per_second"]] == [3, 0, 1]
     assert [round(rate * 60) for rate in rows["prompt_tokens_per_second"]] == [600, 0, 40]
@@ -63,15 +71,14 @@ def test_load_per_minute_is_what_the_trace_says(tmp_path: Path) -> None:
     assert rows["replica_count"].to_list() == [0, 0, 0]  # a trace tells nothing of replicas
 
 
-def test_the_folder_answers_sql_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_folder_answers_sql_by_itself(once: tuple[ImportedTrace, Path], capsys: pytest.CaptureFixture[str]) -> None:
     """The read copy is there when the import ends, as after a refresh of a live fleet."""
-    imported(write(tmp_path, "a.csv", azure((0, 1, 1), (61, 1, 1))), "azure", tmp_path / "into")
     sql.run(
-        tmp_path / "into/warehouse/read.duckdb",
+        once[1] / "warehouse/read.duckdb",
         "select deployment, sum(requests_per_second * 60)::int as n from int_load_minutes group by 1",
         "json",
     )
-    assert json.loads(capsys.readouterr().out) == [{"deployment": "chat", "n": 2}]
+    assert json.loads(capsys.readouterr().out) == [{"deployment": "chat", "n": 4}]
 
 
 def test_block_ids_come_along_in_their_order(tmp_path: Path) -> None:
@@ -147,12 +154,10 @@ def test_the_live_folder_is_refused_by_whatever_name(tmp_path: Path, into: str) 
     assert list((tmp_path / "live").iterdir()) == []
 
 
-def test_a_folder_with_anything_in_it_is_refused(tmp_path: Path) -> None:
-    """Another state, a trace, or somebody's files: nothing is mixed, nothing is overwritten."""
-    source = write(tmp_path, "a.csv", azure((0, 1, 1)))
-    imported(source, "azure", tmp_path / "once")
+def test_a_folder_with_anything_in_it_is_refused(tmp_path: Path, once: tuple[ImportedTrace, Path]) -> None:
+    """A trace, or somebody's files: nothing is mixed, nothing is overwritten."""
     with pytest.raises(ImportRefusedError, match=r"holds .*a\.csv already"):
-        imported(source, "azure", tmp_path / "once")
+        imported(Path(once[0].source), "azure", once[1])
     (tmp_path / "other").mkdir()
     write(tmp_path / "other", "notes.txt", "mine")
     with pytest.raises(ImportRefusedError, match="not empty"):
