@@ -29,6 +29,7 @@ from resources.rollout_clock import Clock, Moment, now_here
 from resources.rollout_deadman import Capsule, spawn
 from resources.rollout_executor import Executor
 from resources.rollout_feed import ScrapeFeed
+from resources.rollout_history import Read, StableHistory
 from resources.rollout_ports import Feed, Staging
 from resources.rollout_rehearsal import RehearsalClock, SimulatedFeed, SimulatedStaging
 from resources.rollout_staging import HttpStaging
@@ -59,7 +60,10 @@ class Pace:
 
 
 class Rollouts:
-    """Rollouts of one fleet. root: folder of their state, made when first written to."""
+    """Rollouts of one fleet. root: folder of their state, made when first written to.
+
+    read_history: SQL on the warehouse, for margins and stakes from the stable replicas' past; None: none is kept.
+    """
 
     def __init__(
         self,
@@ -69,6 +73,7 @@ class Rollouts:
         *,
         environ: Mapping[str, str],
         clock: Clock = now_here,
+        read_history: Read | None = None,
     ) -> None:
         self.fleet = fleet
         self.policy = policy
@@ -76,6 +81,7 @@ class Rollouts:
         self.clock = clock
         self.store = RolloutStore(self.root / STORE_FILE, policy.lease_seconds)
         self._environ = environ
+        self._read_history = read_history
 
     def all(self) -> list[Rollout]:
         """Every rollout, oldest first; none, without touching the disk, where none was ever proposed."""
@@ -108,13 +114,13 @@ class Rollouts:
             return scraper.frames_of(endpoints.scrape([servers[one.server] for one in wanted], at))
 
         is_alive = launcher.is_alive if settings.launch is not None else lambda _: None
-        feed = ScrapeFeed(
-            target,
-            scrape,
-            row.proposal.plan.latency_signals,
-            is_alive,
-            self.policy.look_seconds,
-        )
+        named = {target.url: target.name for target in self.fleet.targets}
+        stored = [named[one.metrics] for one in target.stable_servers if one.metrics in named]
+        history = None
+        if self._read_history is not None and stored:
+            history = StableHistory(self._read_history, stored, self.fleet.cadence.collect_seconds)
+        signals = row.proposal.plan.latency_signals
+        feed = ScrapeFeed(target, scrape, signals, is_alive, self.policy.look_seconds, history)
         model = next((one.model for one in self.fleet.deployments if one.name == row.deployment), row.deployment)
         prompts = read_prompts(Path(quality_prompts).read_text(encoding="utf-8")) if quality_prompts else []
         needs_prompts = row.proposal.change.knob_group in NEEDS_QUALITY_GATE

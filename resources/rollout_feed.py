@@ -14,11 +14,14 @@ from typing import Any
 import polars as pl
 
 from optiinfra_pipelines.domain.rollout_policy import HaproxyServer
+from optiinfra_pipelines.domain.rollouts import RolloutPlan
+from optiinfra_pipelines.rollout.calibration import DEFAULT_STAKE, Calibration
 from optiinfra_pipelines.rollout.counts import Buckets, CountTracker, ProcessPage
 from optiinfra_pipelines.rollout.guards import ReplicaHealth
-from optiinfra_pipelines.rollout.margins import StableHistogram
+from optiinfra_pipelines.rollout.margins import StableHistogram, judged_edges
 from optiinfra_pipelines.rollout.planner import Traffic
 from resources.rollout_clock import Moment
+from resources.rollout_history import StableHistory, lowest
 from resources.rollout_ports import Readings
 from resources.rollout_targets.haproxy import HaproxyTarget
 
@@ -46,18 +49,26 @@ class ScrapeFeed:
     """Both arms of one HAProxy backend: the stable servers and the candidates that were started.
 
     is_alive: whether a candidate's process runs; None where that is not known here. signals: judged latencies.
+    history: the stable replicas' stored past; None where none is.
     """
 
     counts_errors = True
 
     def __init__(
-        self, target: HaproxyTarget, scrape: Scrape, signals: tuple[str, ...], is_alive: IsAlive, look_seconds: float
+        self,
+        target: HaproxyTarget,
+        scrape: Scrape,
+        signals: tuple[str, ...],
+        is_alive: IsAlive,
+        look_seconds: float,
+        history: StableHistory | None = None,
     ) -> None:
         self._target = target
         self._scrape = scrape
         self._signals = signals
         self._is_alive = is_alive
         self._look_seconds = look_seconds
+        self._history = history
         self._bounds: dict[int, tuple[float, ...]] = {}
         self._failed_probes: dict[str, int] = {}
         self._tracker = CountTracker()
@@ -96,7 +107,10 @@ class ScrapeFeed:
         return readings
 
     def traffic(self, now: Moment) -> Traffic | str:
-        """Load and latencies of the stable replicas as seen since the first call; a text until they suffice."""
+        """Load as seen since the first call, latencies from the stored last hour or else since then too.
+
+        A text says what is missing until they suffice.
+        """
         self.read(now)
         reference = self._reference
         if reference is None:
@@ -111,7 +125,23 @@ class ScrapeFeed:
             signal: [StableHistogram(one.upper_bounds, one.cumulative) for _, one in sorted(found.items())]
             for signal, found in reference.minutes.items()
         }
+        for signal in self._signals:
+            stored = self._history.minutes(signal, now.at) if self._history is not None else []
+            if len(stored) > len(minutes.get(signal, [])):
+                minutes[signal] = stored
         return Traffic(reference.requests / seconds, self._target.stable_replicas(), minutes)
+
+    def calibration(self, plan: RolloutPlan, traffic: Traffic, now: Moment) -> Calibration:
+        """From the stored last day; the default, with its reason, where none is stored."""
+        if self._history is None:
+            return Calibration(DEFAULT_STAKE, None, 0, "no history is stored: the default stake")
+        edges = {signal: judged_edges(minutes, plan.margin_ratio) for signal, minutes in traffic.minutes.items()}
+        found = {
+            signal: self._history.calibration(signal, judged, now.at, alpha=plan.alpha / (len(edges) + 1))
+            for signal, judged in edges.items()
+            if judged
+        }
+        return lowest(found) or Calibration(DEFAULT_STAKE, None, 0, "no latency is judged: the default stake")
 
     def _health(self, name: str, is_up: bool, sample: Mapping[str, Any] | None) -> ReplicaHealth:
         self._failed_probes[name] = 0 if is_up else self._failed_probes.get(name, 0) + 1

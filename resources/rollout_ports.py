@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from optiinfra_pipelines.domain.rollouts import Position
+from optiinfra_pipelines.domain.rollouts import Position, RolloutPlan
+from optiinfra_pipelines.rollout.calibration import Calibration
 from optiinfra_pipelines.rollout.counts import ProcessPage
 from optiinfra_pipelines.rollout.guards import ReplicaHealth
 from optiinfra_pipelines.rollout.planner import Traffic
@@ -42,6 +43,10 @@ class Feed(Protocol):
 
     def traffic(self, now: Moment) -> Traffic | str:
         """The deployment's load and its stable latency histograms of the last hour; a text says why not yet."""
+        ...
+
+    def calibration(self, plan: RolloutPlan, traffic: Traffic, now: Moment) -> Calibration:
+        """How boldly to bet on latencies, from the stable replicas' own last day where that is stored."""
         ...
 
 

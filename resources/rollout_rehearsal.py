@@ -13,6 +13,8 @@ import numpy as np
 from scipy.stats import lognorm
 
 from optiinfra_pipelines.domain.rollout_policy import DryRunSettings
+from optiinfra_pipelines.domain.rollouts import RolloutPlan
+from optiinfra_pipelines.rollout.calibration import DEFAULT_STAKE, Calibration
 from optiinfra_pipelines.rollout.counts import Buckets, ProcessPage
 from optiinfra_pipelines.rollout.guards import ReplicaHealth
 from optiinfra_pipelines.rollout.margins import StableHistogram
@@ -75,6 +77,10 @@ class SimulatedFeed:
             for _ in range(60)
         ]
         return Traffic(self._settings.requests_per_second, self._settings.stable_replicas, {SIGNAL: minutes})
+
+    def calibration(self, plan: RolloutPlan, traffic: Traffic, now: Moment) -> Calibration:
+        """The default: simulated replicas do not differ."""
+        return Calibration(DEFAULT_STAKE, None, 0, "simulated: the default stake")
 
     def _serve(self, name: str, seconds: float, factor: float, error_ratio: float) -> None:
         requests = int(self._random.poisson(self._settings.requests_per_second * seconds))

@@ -6,10 +6,10 @@ Here is the order of actions. What a step's counts mean is `optiinfra_pipelines.
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from optiinfra_pipelines.domain.rollouts import PauseReason, Rollout, Stage, Step
-from optiinfra_pipelines.rollout.calibration import DEFAULT_STAKE
 from optiinfra_pipelines.rollout.counts import CountTracker, arm_tick
 from optiinfra_pipelines.rollout.gate import step_refusal
 from optiinfra_pipelines.rollout.guards import ArmTotals, Guards
@@ -61,7 +61,8 @@ class StagingStage:
             if waited > READY_SECONDS:
                 return executor.fail(row, now, f"not ready after {waited:.0f} s: {why}")
             return executor.say(row, now, f"staging: {why}")
-        steps = plan_steps(row.proposal.plan, traffic, stake=DEFAULT_STAKE, seed=PLAN_SEED)
+        calibration = self._feed.calibration(row.proposal.plan, traffic, now)
+        steps = plan_steps(row.proposal.plan, traffic, stake=calibration.stake, seed=PLAN_SEED)
         if isinstance(steps, PlanRefusal):
             return executor.fail(row, now, f"plan: {steps.reason}")
         report = self._staging.test()
@@ -71,8 +72,16 @@ class StagingStage:
             "requests_per_second": traffic.requests_per_second,
             "steps": [step.model_dump(mode="json") for step in steps],
             "test": dict(report.evidence),
+            "calibration": asdict(calibration),
         }
-        row = executor.move(row, Input.ADVANCE, f"staging test: {report.reason}", steps=steps, evidence=evidence)
+        row = executor.move(
+            row,
+            Input.ADVANCE,
+            f"staging test: {report.reason}",
+            steps=steps,
+            latency_stake=calibration.stake,
+            evidence=evidence,
+        )
         return Progress(row.position, False, f"staging passed: {report.reason}")
 
     def _preflight(self, row: Rollout) -> str | None:
@@ -194,7 +203,7 @@ class TrafficStage:
         return StepPlan(
             edges={name: found for name, found in edges.items() if found},
             alpha=plan.alpha,
-            latency_stake=DEFAULT_STAKE,
+            latency_stake=row.latency_stake,
             max_ticks=math.ceil(looks) + 1,
             min_requests=plan.min_requests,
             judge_errors=self._feed.counts_errors,

@@ -133,6 +133,7 @@ class RolloutStore:
         pause: PauseReason | None = None,
         approval: Approval | None = None,
         steps: tuple[Step, ...] | None = None,
+        latency_stake: float | None = None,
         evidence: Mapping[str, Any] | None = None,
         run_id: str | None = None,
         token: int | None = None,
@@ -155,6 +156,7 @@ class RolloutStore:
                     "version": present.version + 1,
                     "approval": approval or present.approval,
                     "steps": known_steps,
+                    "latency_stake": latency_stake or present.latency_stake,
                     "updated_at": now.at,
                 }
             )

@@ -7,7 +7,6 @@ Names, config and reports only. The row in the store is the truth; what is shown
 from collections.abc import Callable
 
 import dagster as dg
-from pydantic import ValidationError
 
 from optiinfra_pipelines.defs.rollout_config import (
     ApproveConfig,
@@ -196,5 +195,6 @@ class _refusals:  # noqa: N801
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RolloutError | ValidationError):
+        # ValueError is also pydantic's, and the ledger's for an unknown recommendation.
+        if isinstance(error, RolloutError | ValueError):
             raise dg.Failure(str(error), allow_retries=False) from error

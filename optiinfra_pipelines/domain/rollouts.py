@@ -184,7 +184,8 @@ class Rollout(Frozen):
     """The row. version moves by one with every change; token only ever grows, and the higher one owns the target.
 
     attempts: executors that were lost while they held it. run_id: Dagster run of the present owner. is_settled: after
-    COMPLETED, the old replicas are out of service and the candidates are the stable ones.
+    COMPLETED, the old replicas are out of service and the candidates are the stable ones. latency_stake: how boldly
+    the judge bets, from the A/A replay at its start.
     """
 
     proposal: Proposal
@@ -198,6 +199,7 @@ class Rollout(Frozen):
     token: NonNegativeInt = 0
     attempts: NonNegativeInt = 0
     is_settled: bool = False
+    latency_stake: Annotated[float, Field(gt=0, le=1)] = 0.5
     updated_at: AwareDatetime
 
     @property

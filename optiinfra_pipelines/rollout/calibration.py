@@ -29,6 +29,7 @@ DEFAULT_STAKE = 0.5
 MIN_WINDOWS_TO_RAISE = 300
 MIN_WINDOWS_TO_LOWER = 50
 ACCEPTED_RATIO = 0.01
+MIN_WINDOW_REQUESTS = 100
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Calibration:
 
 
 def windows(replicas: Mapping[str, tuple[Counts, Counts]], ticks: int) -> list[Replay]:
-    """Every replica in turn as pseudo-canary, in windows that do not overlap.
+    """Every replica in turn as pseudo-canary, in windows that do not overlap and have traffic.
 
     replicas: name -> (requests per tick, [tick, edge] of them over each edge), the same ticks for all.
     """
@@ -65,6 +66,9 @@ def windows(replicas: Mapping[str, tuple[Counts, Counts]], ticks: int) -> list[R
         over = np.stack([overs[index], all_overs - overs[index]], axis=2)
         for start in range(0, pair.shape[0] - ticks + 1, ticks):
             stretch = slice(start, start + ticks)
+            if pair[stretch].sum(axis=0).min() < MIN_WINDOW_REQUESTS:
+                # Hours without data or traffic fail nothing and would make any stake look harmless.
+                continue
             found.append(Replay(np.ascontiguousarray(pair[stretch]), np.ascontiguousarray(over[stretch])))
     return found
 

@@ -1,0 +1,124 @@
+"""What the stable replicas did before a rollout, from the warehouse: latencies by minute, and ticks for an A/A replay.
+
+Counts are exact increments of stored cumulative histograms, per process: a restart counts from zero, a gap or a change
+of bounds counts nothing. What is made of them is `rollout.margins` and `rollout.calibration`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from optiinfra_pipelines.rollout.calibration import Calibration, calibrate, windows
+from optiinfra_pipelines.rollout.margins import JudgedEdge, StableHistogram
+
+Read = Callable[[str, Sequence[object]], pl.DataFrame]
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+# Margins are of the load as it is now; stakes of a whole day with its peaks.
+REFERENCE = timedelta(hours=1)
+REPLAY = timedelta(hours=24)
+# Half an hour of looks: the time over which the judge's false alarms are stated.
+REPLAY_TICKS = 360
+# A replica counts in a tick when its scrapes lie no further apart than this many looks.
+_MAX_GAP_LOOKS = 1.8
+
+_ROWS = """
+select h.target, h.engine_rank, h.scraped_at, h.bucket_counts, h.bounds_id, b.upper_bounds
+from raw_engine_histograms as h
+join raw_histogram_bounds as b using (bounds_id)
+where h.metric = ? and list_contains(?, h.target) and h.scraped_at > ? and h.scraped_at <= ?
+  and h.bucket_counts is not null
+order by h.target, h.engine_rank, h.scraped_at
+"""
+
+
+@dataclass(frozen=True)
+class _Increments:
+    """One process: seconds of each scrape and the increments of its buckets since the one before."""
+
+    target: str
+    upper_bounds: tuple[float, ...]
+    seconds: Floats
+    counts: Floats
+
+
+class StableHistory:
+    """The stored past of some targets. read: SQL with parameters to a frame. look_seconds: cadence of the scrapes."""
+
+    def __init__(self, read: Read, targets: Sequence[str], look_seconds: float) -> None:
+        self._read = read
+        self._targets = list(targets)
+        self._look_seconds = look_seconds
+
+    def minutes(self, signal: str, now: datetime) -> list[StableHistogram]:
+        """The last hour, one histogram a minute over all targets; empty where nothing is stored."""
+        found = self._increments(signal, now - REFERENCE, now)
+        sums: dict[int, Floats] = {}
+        bounds = _common_bounds(found)
+        for one in found:
+            if one.upper_bounds == bounds:
+                for minute in np.unique(one.seconds // 60).astype(int).tolist():
+                    counts = one.counts[one.seconds // 60 == minute].sum(axis=0)
+                    sums[minute] = sums.get(minute, np.zeros(len(bounds))) + counts
+        return [StableHistogram(bounds, counts.tolist()) for _, counts in sorted(sums.items()) if counts[-1] > 0]
+
+    def calibration(self, signal: str, edges: Sequence[JudgedEdge], now: datetime, *, alpha: float) -> Calibration:
+        """The stake at which stable replicas, judged against each other over the last day, hardly ever fail."""
+        found = self._increments(signal, now - REPLAY, now)
+        replicas = self._ticks(found, [edge.bound_seconds for edge in edges], now)
+        return calibrate(windows(replicas, REPLAY_TICKS), [edge.null_odds for edge in edges], alpha=alpha)
+
+    def _ticks(
+        self, found: Sequence[_Increments], bounds: Sequence[float], now: datetime
+    ) -> dict[str, tuple[Ints, Ints]]:
+        """Per replica: requests of every look of the day, and how many went over each edge; gaps are empty looks."""
+        looks = int(REPLAY.total_seconds() / self._look_seconds)
+        began = now.timestamp() - REPLAY.total_seconds()
+        replicas: dict[str, tuple[Ints, Ints]] = {}
+        for one in found:
+            columns = [one.upper_bounds.index(bound) for bound in bounds if bound in one.upper_bounds]
+            if len(columns) < len(bounds):
+                continue
+            totals, overs = replicas.setdefault(
+                one.target, (np.zeros(looks, np.int64), np.zeros((looks, len(bounds)), np.int64))
+            )
+            index = np.clip(((one.seconds - began) / self._look_seconds).astype(int), 0, looks - 1)
+            np.add.at(totals, index, one.counts[:, -1].astype(np.int64))
+            np.add.at(overs, index, (one.counts[:, -1:] - one.counts[:, columns]).astype(np.int64))
+        return replicas
+
+    def _increments(self, signal: str, since: datetime, until: datetime) -> list[_Increments]:
+        frame = self._read(_ROWS, [signal, self._targets, since, until])
+        found = []
+        for (target, _, _), rows in frame.group_by(["target", "engine_rank", "bounds_id"], maintain_order=True):
+            bounds = tuple(rows["upper_bounds"][0].to_list())
+            counts = np.array(rows["bucket_counts"].to_list(), dtype=np.float64).reshape(rows.height, len(bounds))
+            seconds = rows["scraped_at"].dt.epoch("us").to_numpy() / 1e6
+            if rows.height < 2:
+                continue
+            deltas = np.diff(counts, axis=0)
+            is_restart = deltas[:, -1] < 0
+            deltas[is_restart] = counts[1:][is_restart]
+            is_whole = (np.diff(seconds) <= _MAX_GAP_LOOKS * self._look_seconds) & (deltas >= 0).all(axis=1)
+            found.append(_Increments(str(target), bounds, seconds[1:][is_whole], deltas[is_whole]))
+        return found
+
+
+def _common_bounds(found: Sequence[_Increments]) -> tuple[float, ...]:
+    """The bounds that most scrapes have."""
+    counts: dict[tuple[float, ...], int] = {}
+    for one in found:
+        counts[one.upper_bounds] = counts.get(one.upper_bounds, 0) + len(one.seconds)
+    return max(counts, key=lambda bounds: counts[bounds]) if counts else ()
+
+
+def lowest(calibrations: Mapping[str, Calibration]) -> Calibration | None:
+    """The most careful of several signals'; None without any."""
+    return min(calibrations.values(), key=lambda one: one.stake) if calibrations else None
