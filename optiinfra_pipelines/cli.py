@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import get_args
 
 import click
 
 from optiinfra_pipelines.settings import Paths, SettingsError, find_paths
 from resources.logs import configure_logging
+from resources.trace_files import TraceFormat
 
 _HOST = click.option(
     "--host",
@@ -83,3 +86,31 @@ def sql(settings: tuple[Paths, dict[str, str]], query: str, form: str | None) ->
     from optiinfra_pipelines.commands import sql as command
 
     command.run(settings[0].warehouse_dir / "read.duckdb", query, form or "table")
+
+
+@main.command()
+@click.option("--hours", default=24.0, show_default=True, help="How far back the report looks.")
+@click.option("--out", type=click.Path(path_type=Path), help="HTML file to write. Default: the state folder's reports.")
+@click.pass_obj
+def report(settings: tuple[Paths, dict[str, str]], hours: float, out: Path | None) -> None:
+    """Print what burns, findings, recommendations and cost; write the same as one HTML file."""
+    from optiinfra_pipelines.commands import report as command
+
+    command.run(*settings, hours=hours, out=out)
+
+
+@main.command("import-trace")
+@click.argument("source", type=click.Path(path_type=Path, exists=True))
+@click.argument("into", type=click.Path(path_type=Path))
+@click.option("--format", "form", type=click.Choice(get_args(TraceFormat)), required=True, help="Format of the trace.")
+@click.option("--deployment", default="trace", show_default=True, help="Name of the deployment whose load it is.")
+@click.option("--analyze", is_flag=True, help="Forecast, back-test and size caches on it, and print the tables.")
+@click.pass_obj
+def import_trace(
+    settings: tuple[Paths, dict[str, str]], source: Path, into: Path, form: TraceFormat, deployment: str, analyze: bool
+) -> None:
+    """Read a public load trace into a state folder of its own, never the live one."""
+    from optiinfra_pipelines.commands import replay_trace as command
+
+    now = datetime.now(UTC)
+    command.run(source, form, into, live_home=settings[0].home, now=now, deployment=deployment, analyze=analyze)

@@ -7,30 +7,59 @@ the environment names (OPTIINFRA_FLEET, OPTIINFRA_HOME), as the UI and runs load
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
 import dagster as dg
 
+from optiinfra_pipelines.analysis.insights_evidence import make_pack
 from optiinfra_pipelines.defs.automation import automation_sensor
+from optiinfra_pipelines.defs.findings import finding_assets
+from optiinfra_pipelines.defs.forecast import forecast_assets
+from optiinfra_pipelines.defs.insights import insights_asset
+from optiinfra_pipelines.defs.kv_cache import kv_cache_assets
 from optiinfra_pipelines.defs.maintenance import maintenance
 from optiinfra_pipelines.defs.models import model_assets, model_checks
 from optiinfra_pipelines.defs.raw import raw_assets
+from optiinfra_pipelines.defs.recommendations import recommendation_assets
+from optiinfra_pipelines.defs.report import fleet_report_asset
+from optiinfra_pipelines.defs.scaling import scaling_assets, scaling_jobs
+from optiinfra_pipelines.defs.traces import trace_jobs
 from optiinfra_pipelines.domain.fleet import Fleet
+from optiinfra_pipelines.domain.insights import EvidencePack
 from optiinfra_pipelines.domain.thresholds import threshold_values
 from optiinfra_pipelines.settings import Paths, find_paths, load_fleet
 from optiinfra_pipelines.sql.loader import load_models
 from resources.alert_outlet import AlertOutlet
 from resources.collectors import Collectors
+from resources.findings_store import FindingsStore
+from resources.insight_store import InsightStore
+from resources.insight_writer import InsightWriter
+from resources.ledger_store import LedgerStore
 from resources.logs import configure_logging
 from resources.model_runner import ModelRunner
+from resources.objective_store import ObjectiveStore
+from resources.report_reader import read_advice, read_report
 from resources.warehouse import Warehouse
+from resources.waste_store import WasteStore
 from sensors.collection import collection_sensors
 from sensors.watch import alerts_asset, watch_sensor
 
 # Ticks of three sensors come every 5 s: one commit for what came in 12 s costs a fraction of one each. What waits is
 # on disk already, and every reader sees it.
 COMMIT_INTERVAL_SECONDS = 12.0
+
+
+# Assets whose tables people ask in the read copy; an insight may take 30 s and is not waited for.
+ADVICE = (
+    "findings",
+    "objectives",
+    "recommendations",
+    "fct_gpu_waste",
+    "load_forecast",
+    "scaling_recommendations",
+    "kv_cache_recommendations",
+)
 
 
 def utc_now() -> datetime:
@@ -48,30 +77,69 @@ def open_warehouse(fleet: Fleet, paths: Paths, clock: Callable[[], datetime] = u
     )
 
 
-def assemble(fleet: Fleet, paths: Paths, clock: Callable[[], datetime] = utc_now) -> dg.Definitions:
-    """Every asset, check, sensor, job and schedule of one fleet. Opens nothing: that happens in ticks and runs."""
+def assemble(
+    fleet: Fleet, paths: Paths, clock: Callable[[], datetime] = utc_now, environ: Mapping[str, str] = os.environ
+) -> dg.Definitions:
+    """Every asset, check, sensor, job and schedule of one fleet. Opens nothing: that happens in ticks and runs.
+
+    environ: where secrets of services come from (GROQ_API_KEY).
+    """
     warehouse = open_warehouse(fleet, paths, clock)
     collectors = Collectors(fleet, clock)
     runner = ModelRunner(load_models(), warehouse, clock)
     jobs, schedules = maintenance(runner, warehouse, clock, fleet.retention)
+    cadence = fleet.cadence
     return dg.Definitions(
-        assets=[*raw_assets(), alerts_asset(), *model_assets(runner, warehouse, fleet.cadence.refresh_minutes)],
+        assets=[
+            *raw_assets(),
+            alerts_asset(),
+            *model_assets(runner, warehouse, cadence.refresh_minutes, also_published=ADVICE),
+            *_judgment(fleet, paths, warehouse, clock, environ),
+            *forecast_assets(warehouse, clock, fleet),
+            *scaling_assets(warehouse, clock, fleet),
+            *kv_cache_assets(warehouse, clock, fleet),
+        ],
         asset_checks=[model_checks(runner)],
-        jobs=jobs,
+        jobs=[*jobs, *scaling_jobs(), *trace_jobs(paths.home, clock)],
         schedules=schedules,
         sensors=[
-            *collection_sensors(collectors, warehouse, fleet.cadence.collect_seconds),
+            *collection_sensors(collectors, warehouse, cadence.collect_seconds),
             watch_sensor(
                 collectors.recent,
                 AlertOutlet(fleet.alerts.webhook),
                 threshold_values(fleet.thresholds),
-                fleet.cadence.collect_seconds,
+                cadence.collect_seconds,
             ),
             automation_sensor(),
         ],
         # One process per run: a process per step costs four times the CPU and every one of them opens the warehouse.
         executor=dg.in_process_executor,
     )
+
+
+def _judgment(
+    fleet: Fleet, paths: Paths, warehouse: Warehouse, clock: Callable[[], datetime], environ: Mapping[str, str]
+) -> list[dg.AssetsDefinition]:
+    """What is wrong, what to change, how right that was, in words and in one report."""
+    minutes = fleet.cadence.refresh_minutes
+    roster = [*(t.name for t in fleet.targets), *(d.name for d in fleet.deployments), *(h.name for h in fleet.hosts)]
+
+    def evidence() -> EvidencePack:
+        with warehouse.connect() as connection:
+            advice = read_advice(connection)
+        return make_pack(
+            advice.findings or [],
+            advice.recommendations or [],
+            advice.abstentions or [],
+            roster=roster,
+        )
+
+    return [
+        *finding_assets(FindingsStore(fleet, warehouse, clock), ObjectiveStore(fleet, warehouse, clock), minutes),
+        *recommendation_assets(LedgerStore(fleet, warehouse, clock), WasteStore(fleet, warehouse, clock), minutes),
+        insights_asset(InsightWriter(InsightStore(warehouse), environ, clock), evidence, minutes),
+        fleet_report_asset(lambda since, until: read_report(warehouse, fleet, since, until), paths.reports_dir, clock),
+    ]
 
 
 @dg.definitions

@@ -24,6 +24,7 @@ def paths(tmp_path: Path) -> Paths:
     )
 
 
+GROUPS = {"raw", "staging", "intermediate", "marts", "published", "watch", "judged", "advised", "advice", "rollouts"}
 FLEET = Fleet(
     hosts=(Host(name="here", local=True),),
     # Nothing listens on port 1: a down target is a row, not an exception.
@@ -55,7 +56,7 @@ def test_every_definition_loads_and_every_asset_has_a_home(paths: Paths) -> None
     graph = definitions.resolve_asset_graph()
     for key in graph.get_all_asset_keys():
         node = graph.get(key)
-        assert node.group_name in {"raw", "staging", "intermediate", "marts", "published", "watch"}, key
+        assert node.group_name in GROUPS, key
         assert node.description, key
         assert node.owners, key
     raw = {key.to_user_string() for key in graph.get_all_asset_keys() if graph.get(key).group_name == "raw"}

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from scipy.stats import beta
-
 from optiinfra_pipelines.analysis.ledger import has_right_sign
 from optiinfra_pipelines.analysis.rules_context import PastEffect
 from optiinfra_pipelines.analysis.rules_limits import MIN_ACCURACY_N
@@ -88,6 +86,8 @@ def share_interval(hits: int, n: int, level: float = 0.95) -> tuple[float | None
     if not n:
         return None, None
     tail = (1 - level) / 2
+    from scipy.stats import beta  # half a second to import: only where it is used
+
     low = float(beta.ppf(tail, hits, n - hits + 1)) if hits else 0.0
     high = float(beta.ppf(1 - tail, hits + 1, n - hits)) if hits < n else 1.0
     return low, high

@@ -14,7 +14,6 @@ from datetime import datetime, timedelta
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-from scipy.stats import t as student
 
 from optiinfra_pipelines.domain.recommendations import Grade, RealizedEffect
 
@@ -141,6 +140,8 @@ def _fit(series: pl.DataFrame, covariates: list[str]) -> tuple[float, float, flo
     error = _standard_error(design, value - design @ coefficients)
     lags = _lags(len(value))
     freedom = max(1.0, len(value) / (1 + lags) - design.shape[1])
+    from scipy.stats import t as student  # half a second to import: only where it is used
+
     reach = float(student.ppf((1 + LEVEL) / 2, freedom)) * error
     estimate = float(coefficients[1])
     return estimate, estimate - reach, estimate + reach, used

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from scipy.stats import chi2
 
 from optiinfra_pipelines.analysis.rules_limits import (
     AT_CEILING_RATIO,
@@ -312,6 +311,8 @@ def _derived(
     touched = None if finished is None else finished + (values.get("running_last") or 0)
     rate = low = None
     if preempted is not None and touched:
+        from scipy.stats import chi2  # half a second to import: only where it is used
+
         rate = preempted / touched
         # Exact lower bound of a Poisson count at 95 %: 14 preemptions are sure, one is not.
         low = float(chi2.ppf(0.05, 2 * preempted)) / 2 / touched if preempted else 0.0

@@ -45,6 +45,12 @@ SUMMARY: dict[str, str] = {
         where n > 0
         order by all
     """,
+    "Findings (whole recording)": """
+        select subject_name as subject, source, kind, cause, severity, since,
+               coalesce(date_diff('second', since, until)::varchar || ' s', 'lasting') as lasted, summary
+        from findings
+        order by since
+    """,
     "Prefix cache": """
         select target, tier, sum(queried_tokens) as "tokens asked", sum(hit_tokens) as "tokens found",
                100 * sum(hit_tokens) / nullif(sum(queried_tokens), 0) as "hit %"

@@ -3,13 +3,13 @@
 Names, dependencies, groups and metadata only; what a model is and how it is refreshed is `optiinfra_pipelines.sql`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import dagster as dg
 
 from optiinfra_pipelines.defs.automation import hourly_condition, rebuild_condition, refresh_condition
 from optiinfra_pipelines.defs.schema import Metadata, preview, table_metadata
-from optiinfra_pipelines.sql.models import Layer, Model, Models, Severity, TestResult
+from optiinfra_pipelines.sql.models import Layer, Model, Severity, TestResult
 from resources.model_runner import ModelRunner, Refreshed, count_marts
 from resources.warehouse import Warehouse
 
@@ -21,9 +21,15 @@ OPENS = "opens"
 PREVIEWED = {"fct_scrape_health", "fct_replica_load_5m", "fct_latency_5m", "dim_replicas"}
 
 
-def model_assets(runner: ModelRunner, warehouse: Warehouse, refresh_minutes: int) -> list[dg.AssetsDefinition]:
-    """The refresh of every model, and the read copy that people ask."""
-    return [_refresh(runner, refresh_minutes), _read_copy(runner.models, warehouse, refresh_minutes)]
+def model_assets(
+    runner: ModelRunner, warehouse: Warehouse, refresh_minutes: int, also_published: Sequence[str] = ()
+) -> list[dg.AssetsDefinition]:
+    """The refresh of every model, and the read copy that people ask.
+
+    also_published: other assets whose tables must be in the copy: where they are part of a run, it is made after them.
+    """
+    marts = [model.name for model in runner.models.values() if model.layer is Layer.MARTS]
+    return [_refresh(runner, refresh_minutes), _read_copy([*marts, *also_published], warehouse, refresh_minutes)]
 
 
 def model_checks(runner: ModelRunner) -> dg.AssetChecksDefinition:
@@ -113,10 +119,10 @@ def _spec(model: Model, refresh_minutes: int) -> dg.AssetSpec:
     )
 
 
-def _read_copy(models: Models, warehouse: Warehouse, refresh_minutes: int) -> dg.AssetsDefinition:
+def _read_copy(published: Sequence[str], warehouse: Warehouse, refresh_minutes: int) -> dg.AssetsDefinition:
     @dg.asset(
         name=READ_COPY,
-        deps=[model.name for model in models.values() if model.layer is Layer.MARTS],
+        deps=list(published),
         group_name="published",
         kinds={"duckdb"},
         owners=["team:platform"],
@@ -128,15 +134,15 @@ def _read_copy(models: Models, warehouse: Warehouse, refresh_minutes: int) -> dg
         check_specs=[dg.AssetCheckSpec(OPENS, asset=READ_COPY, description="The copy opens and its marts answer.")],
     )
     def read_copy() -> Iterator[dg.MaterializeResult[None] | dg.AssetCheckResult]:
-        published = warehouse.publish()
+        copy = warehouse.publish()
         yield dg.MaterializeResult(
             metadata={
-                "path": dg.MetadataValue.path(published.path),
-                "bytes": published.size_bytes,
-                "seconds": round(published.seconds, 4),
+                "path": dg.MetadataValue.path(copy.path),
+                "bytes": copy.size_bytes,
+                "seconds": round(copy.seconds, 4),
             }
         )
-        marts = count_marts(published.path)
+        marts = count_marts(copy.path)
         yield dg.AssetCheckResult(check_name=OPENS, passed=marts > 0, metadata={"marts": marts})
 
     return read_copy
