@@ -384,13 +384,26 @@ WATCH: tuple[Threshold, ...] = (
         20.0,
         "s",
         (10.0, 30.0),
-        "Longer than the prefill of the longest recorded prompt with a batch before it; shorter than most clients wait.",
+        "Longer than the longest recorded prefill with a batch before it; shorter than most clients wait.",
         _OURS,
     ),
 )
 
+ADVICE: tuple[Threshold, ...] = (
+    Threshold(
+        name="advice_window_seconds",
+        default=300.0,
+        unit="s",
+        minimum=30.0,
+        maximum=3_600.0,
+        reason="What the tuning rules look at; a change is advised when two windows in a row call for it, so that a "
+        "burst of minutes restarts no engine.",
+        source="vLLM's tuning advice is about sustained behavior; five minutes twice is our judgment.",
+    ),
+)
+
 THRESHOLDS: Mapping[str, Threshold] = MappingProxyType(
-    {threshold.name: threshold for threshold in (*COLLECTION, *FINDINGS, *WATCH)}
+    {threshold.name: threshold for threshold in (*COLLECTION, *FINDINGS, *WATCH, *ADVICE)}
 )
 
 
