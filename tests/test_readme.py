@@ -41,7 +41,7 @@ def test_every_optiinfra_command_exists() -> None:
     named = {line.split()[1] for block in blocks("sh") for line in commands(block) if line.startswith("optiinfra ")}
 
     told = subprocess.run([OPTIINFRA, "--help"], capture_output=True, text=True, check=True).stdout
-    assert named <= set(re.findall(r"^  (\w+) ", told, re.M)), named
+    assert named <= set(re.findall(r"^  ([\w-]+) ", told, re.M)), named
 
 
 def test_every_sql_question_is_answered_with_rows(demo_once: DemoOnce) -> None:
