@@ -18,6 +18,7 @@ from optiinfra_pipelines.analysis import ledger
 from optiinfra_pipelines.analysis.ledger_accuracy import past_effects
 from optiinfra_pipelines.analysis.ledger_effect import DUE, LEVEL, PERIOD, measure_effect
 from optiinfra_pipelines.analysis.recommendations import Advice, Group, recommend
+from optiinfra_pipelines.analysis.rules import DAILY
 from optiinfra_pipelines.analysis.rules_context import Context, GpuFacts
 from optiinfra_pipelines.analysis.rules_measures import Measures, measure_targets
 from optiinfra_pipelines.domain.findings import Subject
@@ -38,6 +39,7 @@ from optiinfra_pipelines.domain.recommendations import (
 from resources.ledger_windows import (
     read_changed_targets,
     read_changes,
+    read_day,
     read_effect_rows,
     read_findings,
     read_gpus,
@@ -46,6 +48,7 @@ from resources.ledger_windows import (
     read_window,
 )
 
+DAY = timedelta(days=1)
 # Subject and rule of each candidate of one window.
 Standing = frozenset[tuple[str, str]]
 
@@ -68,6 +71,16 @@ class Ledger:
             return
         self.entries[about.id] = ledger.apply(known, about, event)
         self.events.append((event, self.entries[about.id].state))
+
+    def look(self, candidates: Sequence[Recommendation], at: datetime) -> None:
+        """Take over what one look says: new recommendations, events, and which open ones were seen again."""
+        step = ledger.look(list(self.entries.values()), candidates, at)
+        opened = {one.id: one for one in step.opened}
+        self.new += step.opened
+        for event in step.events:
+            self.add(event, opened.get(event.recommendation_id))
+        for recommendation_id in step.seen:
+            self.see(recommendation_id, at)
 
     def see(self, recommendation_id: str, at: datetime) -> None:
         entry = self.entries[recommendation_id]
@@ -119,15 +132,17 @@ class Deriver:
         advice, measures, groups = self.advise(connection, end, book)
         self._detect_seen(end, book, measures, groups)
         lasting = [one for one in advice.candidates if (str(one.subject), one.rule) in standing]
-        look = ledger.look(list(book.entries.values()), lasting, end)
-        opened = {one.id: one for one in look.opened}
-        book.new += look.opened
-        for event in look.events:
-            book.add(event, opened.get(event.recommendation_id))
-        for recommendation_id in look.seen:
-            book.see(recommendation_id, end)
+        book.look(lasting, end)
         book.abstentions = advice.abstentions
+        if end.timestamp() % DAY.total_seconds() == 0:
+            book.look(self._advise_day(connection, end, book).candidates, end)
         return frozenset((str(one.subject), one.rule) for one in advice.candidates)
+
+    def _advise_day(self, connection: duckdb.DuckDBPyConnection, end: datetime, book: Ledger) -> Advice:
+        """What the daily rules say of the UTC day that ends at `end`; its evidence is a day, so once is enough."""
+        measures = read_day(connection, end - DAY, end)
+        groups = self.groups(connection, end - DAY, end, measures, book)
+        return recommend(groups, measures, at=end, recent=list(book.entries.values()), rules=DAILY)
 
     def groups(
         self,

@@ -36,6 +36,7 @@ from optiinfra_pipelines.domain.recommendations import (
     RuleAbstention,
 )
 from optiinfra_pipelines.domain.rollouts import Change, Rollout
+from optiinfra_pipelines.domain.thresholds import threshold_values
 from resources.ledger_derive import Deriver, Ledger, Standing
 from resources.warehouse import Warehouse
 
@@ -88,7 +89,7 @@ class Derived:
 class LedgerStore:
     """Derive, keep and read recommendations. Opens the warehouse for each call only.
 
-    window: length of the windows that rules look at; a candidate must stand in two that follow each other. shapes:
+    Rules look at windows of `advice_window_seconds`; a candidate must stand in two that follow each other. shapes:
     deployment -> model shape (`kv_arithmetic.shape_from_config`), for models the table of published ones lacks.
     """
 
@@ -98,12 +99,12 @@ class LedgerStore:
         warehouse: Warehouse,
         clock: Callable[[], datetime],
         *,
-        window: timedelta = timedelta(minutes=5),
         shapes: Mapping[str, ModelShape] | None = None,
     ) -> None:
         self._warehouse = warehouse
         self._clock = clock
-        self._deriver = Deriver(fleet, window, shapes or {})
+        seconds = threshold_values(fleet.thresholds)["advice_window_seconds"]
+        self._deriver = Deriver(fleet, timedelta(seconds=seconds), shapes or {})
 
     def refresh(self) -> Derived:
         """Look at every closed window since the last refresh, then count how right the advice has been."""

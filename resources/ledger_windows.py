@@ -16,7 +16,7 @@ import polars as pl
 from optiinfra_pipelines.analysis.ledger import ConfigChange
 from optiinfra_pipelines.analysis.ledger_effect import PERIOD, SIGNALS, WARM_UP
 from optiinfra_pipelines.analysis.rules_context import GpuFacts
-from optiinfra_pipelines.analysis.rules_measures import HISTOGRAMS, SAMPLE_COLUMNS
+from optiinfra_pipelines.analysis.rules_measures import HISTOGRAMS, SAMPLE_COLUMNS, Measures
 from optiinfra_pipelines.domain.findings import Finding
 
 
@@ -37,6 +37,47 @@ def read_window(connection: duckdb.DuckDBPyConnection, start: datetime, end: dat
     ).pl()
     histograms = connection.sql(_HISTOGRAMS, params=[start, end]).pl()
     return WindowRows(samples, histograms, read_settings(connection))
+
+
+def read_day(connection: duckdb.DuckDBPyConnection, start: datetime, end: datetime) -> dict[str, Measures]:
+    """The measures of a long window that the daily rules look at, from five-minute rows, by target.
+
+    A restart in it, or another configuration, makes the day no steady state.
+    """
+    rows = connection.execute(
+        """
+        select
+            target, any_value(engine), any_value(vantage), min(period_at), max(period_at),
+            arg_max(config_hash, period_at), count(distinct config_hash), sum(restart_count),
+            max(kv_cache_usage_max_ratio), max(requests_waiting_max), avg(requests_waiting_mean), avg(requests_running_mean), count(*)
+        from fct_replica_load_5m where period_at >= ? and period_at < ? group by target
+        """,
+        [start, end],
+    ).fetchall()
+    found = {}
+    for target, engine, vantage, first, last, config_hash, hashes, restarts, kv, most, waiting, running, count in rows:
+        unusable = None
+        if restarts or hashes > 1:
+            unusable = "the engine restarted in the day" if restarts else "the configuration changed in the day"
+        found[target] = Measures(
+            target=target,
+            engine=engine,
+            vantage=vantage,
+            window_start=first,
+            window_end=last,
+            config_hash=config_hash,
+            ranks=1,
+            unusable=unusable,
+            values={
+                # Periods that were seen, not the span: an hour without samples is an hour not looked at.
+                "window_seconds": count * PERIOD.total_seconds(),
+                "kv_usage_max_ratio": kv,
+                "waiting_max": most,
+                "waiting_mean": waiting,
+                "running_mean": running,
+            },
+        )
+    return found
 
 
 def read_settings(connection: duckdb.DuckDBPyConnection) -> dict[tuple[str, str], dict[str, str]]:

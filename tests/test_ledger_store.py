@@ -234,6 +234,40 @@ def test_a_recommendation_becomes_the_change_of_a_rollout(recorded: Path, tmp_pa
         ledger.find_change("0" * 16)
 
 
+def test_a_quiet_day_frees_a_replica_at_its_end(tmp_path: Path) -> None:
+    """A whole UTC day at 30 % KV and nothing waiting: at midnight one of four replicas is handed to scaling."""
+    midnight = datetime(2026, 3, 2, tzinfo=UTC)
+    warehouse = Warehouse(tmp_path / "day", clock=Clock(midnight + timedelta(minutes=6)))
+    models = load_models()
+    runner = ModelRunner(models, warehouse, Clock(midnight))
+    for name in models:
+        if name.startswith("stg_") or name in READ:
+            runner.refresh(models[name])
+    common = {"engine": "vllm", "vantage": "engine", "config_hash": "c0"}
+    rows = [
+        common | {"target": f"r{n}", "period_at": midnight - timedelta(minutes=5 * i)}
+        for n in range(4)
+        for i in range(1, 289)
+    ]
+    last = common | {"engine_rank": "0", "scraped_at": midnight - timedelta(minutes=2), "target": "r0"}
+    warehouse.append("one", {"raw_engine_samples": raw_tables()["raw_engine_samples"].frame([last])})
+    with warehouse.connect() as connection:
+        connection.register("new_rows", pl.DataFrame(rows))
+        connection.execute(
+            "insert into fct_replica_load_5m by name select *, 0 as restart_count, 0.3 as kv_cache_usage_max_ratio, "
+            "0.0 as requests_waiting_max, 0.0 as requests_waiting_mean, 4.0 as requests_running_mean from new_rows"
+        )
+
+    LedgerStore(FLEET, warehouse, Clock(midnight + timedelta(minutes=6))).refresh()
+
+    [entry] = LedgerStore(FLEET, warehouse, Clock(midnight)).entries()
+    assert (entry.recommendation.rule, entry.recommendation.made_at) == ("replicas_down", midnight)
+    assert (entry.recommendation.current, entry.recommendation.proposed) == ({"replicas": "4"}, {"replicas": "3"})
+    assert entry.recommendation.usd_per_hour_change == pytest.approx(-3.0)
+    for signal in entry.recommendation.evidence:
+        assert warehouse.read(signal.sql()).item() == pytest.approx(signal.value)
+
+
 def test_an_empty_warehouse_has_no_recommendations(tmp_path: Path) -> None:
     """Nothing collected yet: no windows, no rows, no error."""
     warehouse = Warehouse(tmp_path / "empty", clock=Clock(END))

@@ -68,6 +68,7 @@ def recommend(
     at: datetime,
     findings: Sequence[Finding] = (),
     recent: Sequence[LedgerEntry] = (),
+    rules: Sequence[Rule] = RULES,
 ) -> Advice:
     """Proposals and refusals for each group, from the measures of one window that ends at `at`.
 
@@ -78,7 +79,7 @@ def recommend(
     for group in groups:
         cited = [finding for finding in findings if _is_about(finding, group)]
         own = [entry for entry in recent if entry.recommendation.subject == group.subject]
-        advice = _advise(group, measures, at, cited, own)
+        advice = _advise(group, measures, at, cited, own, rules)
         candidates += advice.candidates
         abstentions += advice.abstentions
     return Advice(tuple(candidates), tuple(abstentions))
@@ -90,6 +91,7 @@ def _advise(
     at: datetime,
     findings: Sequence[Finding],
     recent: Sequence[LedgerEntry],
+    rules: Sequence[Rule],
 ) -> Advice:
     seen = [measures[target] for target in group.targets if target in measures]
     usable = [with_context(one, group.context) for one in seen if one.unusable is None and one.vantage == "engine"]
@@ -99,13 +101,17 @@ def _advise(
             abstentions=(RuleAbstention(subject=group.subject, rule=ANY_RULE, kind=None, at=at, reason=refusal),)
         )
     proposed: dict[str, Recommendation] = {}
+    first: dict[str, str] = {}
     abstentions: list[RuleAbstention] = []
-    for rule in RULES:
-        outcome = _apply(rule, group, usable, at, findings, recent, proposed)
+    for rule in rules:
+        outcome = _apply(rule, group, usable, at, findings, recent, first)
         if isinstance(outcome, Recommendation):
             proposed[rule.name] = outcome
+            first[rule.name] = outcome.change_text
         elif outcome is not None:
             abstentions.append(_abstain(group, rule, at, outcome.reason))
+            if outcome.is_held:
+                first[rule.name] = outcome.reason
     ordered = sorted(proposed.values(), key=lambda one: (-one.score, list(BY_NAME).index(one.rule)))
     for later in ordered[1:]:
         abstentions.append(
@@ -136,9 +142,9 @@ def _apply(
     at: datetime,
     findings: Sequence[Finding],
     recent: Sequence[LedgerEntry],
-    proposed: Mapping[str, Recommendation],
+    first: Mapping[str, str],
 ) -> Recommendation | Refused | None:
-    """The rule's proposal, its refusal, or None where it does not hold."""
+    """The rule's proposal, its refusal, or None where it does not hold. first: rules that others wait for, and why."""
     long_enough = [one for one in usable if (one["window_seconds"] or 0) >= rule.min_window_seconds]
     checked = [(one, check(rule, one)) for one in long_enough]
     holding = [one for one, result in checked if result.holds]
@@ -149,9 +155,9 @@ def _apply(
         return Refused(
             f"{len(holding)} of {len(usable)} replicas show it: look at balance before a flag that all of them share"
         )
-    before = [name for name in rule.after if name in proposed]
+    before = [name for name in rule.after if name in first]
     if before:
-        return Refused(f"first {proposed[before[0]].change_text}")
+        return Refused(f"first {first[before[0]]}")
     chosen = sorted(holding, key=lambda one: (one["waiting_mean"] or 0.0, one.target))[len(holding) // 2]
     sized = SIZINGS[rule.sizing](chosen, group.context)
     if isinstance(sized, Refused):
@@ -172,10 +178,13 @@ def _refused_by_history(recommendation: Recommendation, recent: Sequence[LedgerE
             done = "was applied" if entry.applied_at else "was advised"
             return Refused(
                 f"{earlier.change_text} {done} at {turned_at:%Y-%m-%d %H:%M} UTC: one knob is not turned both ways "
-                f"within {OPPOSITE_HOURS:g} h"
+                f"within {OPPOSITE_HOURS:g} h",
+                is_held=True,
             )
         if entry.state is LedgerState.APPLIED:
-            return Refused(f"the effect of {earlier.change_text} is still being measured: one change at a time")
+            return Refused(
+                f"the effect of {earlier.change_text} is still being measured: one change at a time", is_held=True
+            )
     return None
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from optiinfra_pipelines.analysis.rules import Rule
+from optiinfra_pipelines.analysis.rules import DAILY, Rule
 from optiinfra_pipelines.analysis.rules_measures import Measures
 from optiinfra_pipelines.domain.evidence import Signal, Statistic
 
@@ -23,8 +23,16 @@ class Spec:
     statistic: Statistic
     unit: str
     across: Literal["sum", "max"] = "sum"
+    table: Literal["stg_engine_samples", "fct_replica_load_5m"] = "stg_engine_samples"
 
 
+# What the daily rules saw: five-minute rows, which outlive the samples.
+_DAILY_SPECS: Mapping[str, Spec] = {
+    "kv_usage_max_ratio": Spec("kv_cache_usage_max_ratio", "max", "ratio", table="fct_replica_load_5m"),
+    "waiting_max": Spec("requests_waiting_max", "max", "requests", table="fct_replica_load_5m"),
+    "waiting_mean": Spec("requests_waiting_mean", "mean", "requests", table="fct_replica_load_5m"),
+    "running_mean": Spec("requests_running_mean", "mean", "requests", table="fct_replica_load_5m"),
+}
 SPECS: Mapping[str, Spec] = {
     "preemptions": Spec("preemptions_total", "increase", "events"),
     "requests_finished": Spec("requests_finished_total", "increase", "requests"),
@@ -83,11 +91,12 @@ def evidence(rule: Rule, measures: Measures) -> tuple[Signal, ...]:
     for condition in rule.conditions:
         names.update(dict.fromkeys(_BEHIND.get(condition.measure, ())))
     names.update(dict.fromkeys(("running_mean", "waiting_mean")))
-    made = [_signal(name, measures, thresholds.get(name)) for name in names]
+    specs = _DAILY_SPECS if rule in DAILY else SPECS
+    made = [_signal(name, measures, thresholds.get(name), specs.get(name)) for name in names]
     return tuple(signal for signal in made if signal is not None and signal.value is not None)
 
 
-def _signal(name: str, measures: Measures, threshold: float | None) -> Signal | None:
+def _signal(name: str, measures: Measures, threshold: float | None, spec: Spec | None) -> Signal | None:
     if name in _HISTOGRAM_UNITS:
         return Signal(
             name=f"{name}_mean",
@@ -102,7 +111,8 @@ def _signal(name: str, measures: Measures, threshold: float | None) -> Signal | 
             statistic="increase_ratio",
             per="count_value",
         )
-    spec = SPECS[name]
+    if spec is None:
+        return None
     return Signal(
         name=name,
         value=measures[name],
@@ -110,7 +120,7 @@ def _signal(name: str, measures: Measures, threshold: float | None) -> Signal | 
         window_start=measures.window_start,
         window_end=measures.window_end,
         threshold=threshold,
-        table="stg_engine_samples",
+        table=spec.table,
         keys=(("target", measures.target),),
         column=spec.column,
         statistic=spec.statistic,

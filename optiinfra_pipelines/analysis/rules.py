@@ -380,6 +380,8 @@ RULES: tuple[Rule, ...] = (
     ),
 )
 
+# Rules about a whole day and its peak; the others look at one window of minutes.
+DAILY = tuple(rule for rule in RULES if rule.min_window_seconds > 3600)
 BY_NAME: Mapping[str, Rule] = MappingProxyType({rule.name: rule for rule in RULES})
 
 

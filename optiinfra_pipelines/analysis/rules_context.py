@@ -91,9 +91,10 @@ class Sized:
 
 @dataclass(frozen=True)
 class Refused:
-    """Why a rule that holds proposes nothing."""
+    """Why a rule that holds proposes nothing. is_held: it would, were it not for what was advised or done before."""
 
     reason: str
+    is_held: bool = False
 
 
 Sizing = Callable[[Measures, Context], Sized | Refused]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import timedelta
 
 import pytest
@@ -10,6 +11,7 @@ from optiinfra_pipelines.analysis.recommendations import Group, recommend
 from optiinfra_pipelines.analysis.rules_context import Context
 from optiinfra_pipelines.analysis.rules_measures import measure_targets
 from optiinfra_pipelines.domain.findings import Finding, FindingKind, Severity, Subject
+from optiinfra_pipelines.domain.fleet import Deployment
 from optiinfra_pipelines.domain.models import ModelShape
 from optiinfra_pipelines.domain.recommendations import (
     ChangeKind,
@@ -209,6 +211,25 @@ def test_a_knob_is_not_turned_back_within_a_day() -> None:
     assert "max_sequences_up" not in {one.rule for one in held.candidates}
     assert "not turned both ways" in {one.rule: one.reason for one in held.abstentions}["max_sequences_up"]
     assert [one.rule for one in free.first] == ["max_sequences_up"]
+
+
+def test_a_held_back_flag_is_not_answered_with_more_gpus() -> None:
+    """Slots were advised down an hour ago and now a queue stands behind them: the queue buys no replicas yet."""
+    up, _ = one(list(QUEUED))
+    assert up is not None
+    down = up.model_copy(update={"id": "0" * 16, "rule": "max_sequences_down", "direction": "tighten"})
+    earlier = LedgerEntry(recommendation=down, state=LedgerState.OPEN, state_at=START, last_seen_at=START)
+    waits = [{**row, "requests_finished_total": float(i)} for i, row in enumerate(QUEUED)]
+    measures = measure_targets(samples(waits), no_histograms())
+    slow = dict(measures["r1"].values) | {"queue_seconds_mean": 9.0, "time_to_first_token_seconds_mean": 10.0}
+    known = {"r1": dataclasses.replace(measures["r1"], values=slow)}
+    group = Group(CHAT, ("r1",), Context(engine="vllm", deployment=Deployment(name="chat", model="m")))
+
+    advice = recommend([group], known, at=START + timedelta(hours=1), recent=[earlier])
+
+    assert advice.candidates == ()
+    reasons = {entry.rule: entry.reason for entry in advice.abstentions}
+    assert reasons["replicas_up"].startswith("first --max-num-seqs")
 
 
 def test_what_was_measured_under_this_configuration_is_not_advised_again() -> None:
