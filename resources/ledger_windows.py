@@ -49,7 +49,8 @@ def read_day(connection: duckdb.DuckDBPyConnection, start: datetime, end: dateti
         select
             target, any_value(engine), any_value(vantage), min(period_at), max(period_at),
             arg_max(config_hash, period_at), count(distinct config_hash), sum(restart_count),
-            max(kv_cache_usage_max_ratio), max(requests_waiting_max), avg(requests_waiting_mean), avg(requests_running_mean), count(*)
+            max(kv_cache_usage_max_ratio), max(requests_waiting_max), avg(requests_waiting_mean),
+            avg(requests_running_mean), count(*)
         from fct_replica_load_5m where period_at >= ? and period_at < ? group by target
         """,
         [start, end],

@@ -148,8 +148,9 @@ def _fit(series: pl.DataFrame, covariates: list[str]) -> tuple[float, float, flo
 
 
 def _standard_error(design: npt.NDArray[np.float64], residual: npt.NDArray[np.float64]) -> float:
-    """The larger of two: plain least squares, and Newey and West (1987), which allow for neighboring periods being alike
-    but come out too small when a short series swings by chance."""
+    """The larger of two: plain least squares, and Newey and West (1987), which allow for neighboring periods being
+    alike but come out too small when a short series swings by chance.
+    """
     n, k = design.shape
     scores = design * residual[:, None]
     meat = scores.T @ scores
