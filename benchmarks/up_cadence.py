@@ -24,8 +24,11 @@ from pathlib import Path
 import dagster as dg
 import psutil
 
+from optiinfra_pipelines.settings import load_fleet
+from resources.dagster_prune import REFRESH_TAG
+
 # How long the hourly job keeps each part, in hours: PruneConfig's default, and KEEP_EVALUATIONS.
-KEEP_HOURS = {"ticks": 8, "evaluations": 2, "runs": 8, "events": 8}
+KEEP_HOURS = {"ticks": 6, "evaluations": 2, "runs": 6, "events": 6}
 SENSORS = ("scrape_engines", "sample_gpus", "sample_hosts")
 
 
@@ -55,6 +58,13 @@ def stored_by_part(dagster_home: Path) -> dict[str, int]:
     shards = {path.name: path.stat().st_size for path in runs.glob("*.db")}
     events = shards.pop("index.db", 0) + shards.pop(".db", 0)
     return {"ticks": ticks, "evaluations": evaluations, "runs": sum(shards.values()), "events": events}
+
+
+def refreshes_since(dagster_home: Path, since: float) -> int:
+    """Refresh runs that began since a moment."""
+    with dg.DagsterInstance.from_config(str(dagster_home)) as instance:
+        records = instance.get_run_records(dg.RunsFilter(tags=REFRESH_TAG))
+    return sum(1 for record in records if record.create_timestamp.timestamp() >= since)
 
 
 def tick_times(dagster_home: Path, since: float) -> dict[str, list[float]]:
@@ -103,7 +113,11 @@ def main() -> None:
                 f"{name}: {len(times)} ticks, gap mean {statistics.fmean(gaps):.2f} s, "
                 f"longest {max(gaps):.2f} s, sd {statistics.pstdev(gaps):.2f} s"
             )
-        a_day = {part: size / seconds * 86400 / 1e6 for part, size in grown.items()}
+        # A window may hold one refresh more or less than its length says: what a refresh writes is taken per refresh.
+        refreshes = refreshes_since(dagster_home, warm_at)
+        share = seconds / 60 / load_fleet(given.fleet, os.environ).cadence.refresh_minutes / max(refreshes, 1)
+        scale = {"ticks": 1.0, "evaluations": share, "runs": share, "events": share}
+        a_day = {part: size * scale[part] / seconds * 86400 / 1e6 for part, size in grown.items()}
         steady = {part: a_day[part] * KEEP_HOURS[part] / 24 for part in a_day}
         print(
             f"Dagster's own storage: {sum(a_day.values()):.0f} MB written a day ("
