@@ -23,8 +23,8 @@ from optiinfra_pipelines.rollout.calibration import DEFAULT_STAKE
 from optiinfra_pipelines.rollout.eprocess import (
     ERROR_ALTERNATIVES,
     LATENCY_ALTERNATIVES,
-    RESTART_STAKE_RATIO,
     first_crossing,
+    latency_stakes,
 )
 from optiinfra_pipelines.rollout.judge import ERROR_NULL_ODDS
 from optiinfra_pipelines.rollout.margins import StableHistogram, judged_edges
@@ -112,8 +112,7 @@ def one_run(seed: int, rate: float, factor: float, error_ratio: float, model: in
         overs,
         np.log(np.array([edge.null_odds for edge in edges])),
         np.log(np.array(LATENCY_ALTERNATIVES)),
-        DEFAULT_STAKE,
-        RESTART_STAKE_RATIO * DEFAULT_STAKE,
+        np.array(latency_stakes(DEFAULT_STAKE)),
         TICKS,
         math.log(1 / ALPHA),
     )
@@ -122,8 +121,7 @@ def one_run(seed: int, rate: float, factor: float, error_ratio: float, model: in
         np.ascontiguousarray(errors[:, None, :]),
         np.log(np.array([ERROR_NULL_ODDS])),
         np.log(np.array(ERROR_ALTERNATIVES)),
-        1.0,
-        1.0,
+        np.ones(len(ERROR_ALTERNATIVES)),
         TICKS,
         math.log(1 / ALPHA),
     )

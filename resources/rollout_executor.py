@@ -203,7 +203,7 @@ class Executor:
     def _interrupted(self, row: Rollout, last: Moment, now: Moment) -> Progress | None:
         """A gap without looks, or a clock that was set: traffic off where nobody watched it, then a person."""
         gap = now.seconds - last.seconds
-        if gap > self.policy.lease_seconds and self.target.observe().percent > 0:
+        if gap > self.policy.max_gap_seconds and self.target.observe().percent > 0:
             self.set_share(0.0)
             return self.pause(row, PauseReason.UNWATCHED, f"nobody looked for {gap:.0f} s while it had traffic")
         jump = (now.at - last.at).total_seconds() - gap

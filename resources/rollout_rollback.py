@@ -27,6 +27,12 @@ class RollBack:
         self._executor = executor
         self._alerted_at = float("-inf")
         self._is_off = False
+        self._draining_since: float | None = None
+
+    def _is_patience_over(self, now: Moment) -> bool:
+        """A stream that never ends must not keep a failed candidate for ever."""
+        self._draining_since = now.seconds if self._draining_since is None else self._draining_since
+        return now.seconds - self._draining_since > self._executor.target.drain_seconds
 
     def look(self, row: Rollout, now: Moment) -> str:
         """One attempt; returns what it came to. TargetErrors end in an alert and the next look."""
@@ -36,7 +42,7 @@ class RollBack:
                 # Also at 0 already: the stable replicas' own weights are restored by it.
                 executor.set_share(0.0)
                 self._is_off = True
-            if not target.drain(executor.token):
+            if not target.drain(executor.token) and not self._is_patience_over(now):
                 return "weight 0; the candidate drains"
             actual = target.observe()
             if actual.candidates:

@@ -6,6 +6,7 @@ Here is the order of actions. What a step's counts mean is `optiinfra_pipelines.
 from __future__ import annotations
 
 import math
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,15 @@ from optiinfra_pipelines.rollout.planner import PlanRefusal, Traffic, plan_steps
 from optiinfra_pipelines.rollout.proposal import faults, full_flags
 from optiinfra_pipelines.rollout.watch import Act, Decision, Look, StepWatch
 from resources.rollout_clock import Moment
-from resources.rollout_ports import Feed, Progress, Staging, is_near
+from resources.rollout_ports import Feed, Progress, Staging, StagingReport, is_near
 
 if TYPE_CHECKING:
     from resources.rollout_executor import Executor
 
 # Weights of a 70B model from a cold disk, plus compilation; slower than this is a start that hangs.
 READY_SECONDS = 1800.0
+# A look waits so long for what runs in the background.
+ANSWER_SECONDS = 0.5
 # Only one seed: planning the same rollout twice must give the same steps.
 PLAN_SEED = 20_260_101
 
@@ -45,6 +48,7 @@ class StagingStage:
         self._staging = staging
         self._began: float | None = None
         self._is_started = False
+        self._background = Background(staging)
 
     def look(self, row: Rollout, now: Moment) -> Progress:
         """One look. Everything in it may be repeated by the next executor."""
@@ -55,8 +59,10 @@ class StagingStage:
         refusal = self._preflight(row)
         if refusal is not None:
             return executor.fail(row, now, f"preflight: {refusal}")
+        why = self._start(row, now)
         traffic = self._feed.traffic(now)
-        why = traffic if isinstance(traffic, str) else self._start(row, now)
+        if isinstance(traffic, str):
+            why = why or traffic
         if why is not None or isinstance(traffic, str):
             if waited > READY_SECONDS:
                 return executor.fail(row, now, f"not ready after {waited:.0f} s: {why}")
@@ -65,7 +71,9 @@ class StagingStage:
         steps = plan_steps(row.proposal.plan, traffic, stake=calibration.stake, seed=PLAN_SEED)
         if isinstance(steps, PlanRefusal):
             return executor.fail(row, now, f"plan: {steps.reason}")
-        report = self._staging.test()
+        report = self._tested()
+        if report is None:
+            return executor.say(row, now, "staging: the candidate is being tested")
         if not report.is_good:
             return executor.fail(row, now, f"staging test: {report.reason}", dict(report.evidence))
         evidence = {
@@ -103,7 +111,43 @@ class StagingStage:
         if not self._is_started:
             start_candidates(executor, row, row.proposal.plan.candidate_replicas)
             self._is_started = True
-        return self._staging.not_ready(now)
+        return self._background.not_ready(now)
+
+    def _tested(self) -> StagingReport | None:
+        return self._background.tested()
+
+
+class Background:
+    """Asks a candidate in a thread: a load test or a completion that hangs must not stop the looks and the lease."""
+
+    def __init__(self, staging: Staging) -> None:
+        self._staging = staging
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._ready: Future[str | None] | None = None
+        self._test: Future[StagingReport] | None = None
+
+    def not_ready(self, now: Moment) -> str | None:
+        """Why it is not ready, as far as is known now; None once it is. Asks again at the next look until then."""
+        if self._ready is None:
+            self._ready = self._pool.submit(self._staging.not_ready, now)
+        if not _is_done(self._ready):
+            return "it has not answered yet"
+        why = self._ready.result()
+        if why is not None:
+            self._ready = None
+        return why
+
+    def tested(self) -> StagingReport | None:
+        """The report of the one test; None while it runs."""
+        if self._test is None:
+            self._test = self._pool.submit(self._staging.test)
+        return self._test.result() if _is_done(self._test) else None
+
+
+def _is_done(future: Future[Any]) -> bool:
+    """Given a moment: what answers at once needs no second look."""
+    wait([future], timeout=ANSWER_SECONDS)
+    return future.done()
 
 
 class TrafficStage:
@@ -120,12 +164,13 @@ class TrafficStage:
     def leave(self) -> None:
         """Forget the step: the next look begins one, with fresh counts."""
         self._watch: StepWatch | None = None
+        self._guard_watch: StepWatch | None = None
         self._plan: StepPlan | None = None
         self._tracker = CountTracker()
         self._guards: Guards | None = None
         self._canary = self._baseline = ArmTotals()
         self._preemptions_at_start: tuple[float | None, float | None] = (None, None)
-        self._has_started_candidates = False
+        self._background: Background | None = None
         self._entering_since = None
 
     def look(self, row: Rollout, now: Moment) -> Progress:
@@ -139,7 +184,7 @@ class TrafficStage:
         actual = executor.target.observe()
         if not is_near(actual.percent, step.percent):
             return self._drifted(row, step, now, actual.percent)
-        self._observe(row, now)
+        self._observe(self._watch, now)
         decision = self._watch.decide(now.seconds)
         numbers = {"candidate_percent": actual.percent, **_numbers(decision)}
         evidence = {"verdict": decision.verdict.model_dump(mode="json") if decision.verdict else None, **numbers}
@@ -154,13 +199,13 @@ class TrafficStage:
         return executor.say(row, now, f"{step.percent:g} %: {decision.reason}; decides in {ends:.0f} s", numbers)
 
     def guard_only(self, row: Rollout, now: Moment) -> Decision | None:
-        """While paused: read, and fail on what needs no statistics. None without traffic at the candidate."""
+        """While nothing is judged: fail on what needs no statistics. None without traffic at the candidate."""
         if self._executor.target.observe().percent <= 0 or row.step is None:
             return None
-        if self._watch is None:
-            self._watch = self._new_watch(row, row.step, now, plan=None)
-        self._observe(row, now)
-        return self._watch.decide(now.seconds)
+        if self._guard_watch is None:
+            self._guard_watch = self._new_watch(row, row.step, now, plan=None)
+        self._observe(self._guard_watch, now)
+        return self._guard_watch.decide(now.seconds)
 
     def _enter(self, row: Rollout, step: Step, now: Moment) -> Progress:
         executor = self._executor
@@ -173,6 +218,9 @@ class TrafficStage:
             self._entering_since = now.seconds if self._entering_since is None else self._entering_since
             if now.seconds - self._entering_since > READY_SECONDS:
                 return executor.fail(row, now, f"candidates are not ready after {READY_SECONDS:.0f} s: {why}")
+            guarded = self.guard_only(row, now)
+            if guarded is not None and guarded.act is Act.FAIL:
+                return executor.fail(row, now, guarded.reason)
             return executor.say(row, now, f"before {step.percent:g} %: {why}")
         plan: StepPlan | None = None
         if step.percent < 100:
@@ -183,18 +231,18 @@ class TrafficStage:
             plan = self._step_plan(row, step, traffic)
         executor.set_share(step.percent)
         self._watch = self._new_watch(row, step, now, plan)
-        self._observe(row, now)
+        self._observe(self._watch, now)
         return Progress(row.position, False, f"{step.stage}: {step.percent:g} % of new requests")
 
     def _more_candidates(self, row: Rollout, step: Step, now: Moment) -> str | None:
         executor = self._executor
-        if not self._has_started_candidates:
+        if self._background is None:
             wanted = candidates_for(
                 step.percent, executor.target.stable_replicas(), row.proposal.plan.candidate_replicas
             )
             start_candidates(executor, row, wanted)
-            self._has_started_candidates = True
-        return self._staging.not_ready(now)
+            self._background = Background(self._staging)
+        return self._background.not_ready(now)
 
     def _step_plan(self, row: Rollout, step: Step, traffic: Traffic) -> StepPlan:
         plan = row.proposal.plan
@@ -224,7 +272,7 @@ class TrafficStage:
             min_requests=row.proposal.plan.min_requests,
         )
 
-    def _observe(self, row: Rollout, now: Moment) -> None:
+    def _observe(self, watch: StepWatch, now: Moment) -> None:
         readings = self._feed.read(now)
         deltas, _ = self._tracker.observe([*readings.canary, *readings.baseline])
         edges = self._plan.edges if self._plan is not None else {}
@@ -239,9 +287,8 @@ class TrafficStage:
         self._canary = _add(self._canary, canary, now_at[0], self._preemptions_at_start[0])
         self._baseline = _add(self._baseline, baseline, now_at[1], self._preemptions_at_start[1])
         assert self._guards is not None
-        assert self._watch is not None
         trips = self._guards.check(readings.health, self._canary, self._baseline, readings.baseline_waiting)
-        self._watch.observe(Look(now.seconds, canary, baseline, trips))
+        watch.observe(Look(now.seconds, canary, baseline, trips))
 
     def _passed(self, row: Rollout, step: Step, decision: Decision, evidence: dict[str, Any]) -> Progress:
         executor = self._executor

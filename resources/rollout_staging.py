@@ -24,7 +24,7 @@ from resources.rollout_ports import StagingReport
 from resources.rollout_targets.haproxy import HaproxyTarget
 
 # A cold engine compiles its first step; a completion of a few tokens takes seconds at most.
-COMPLETION_SECONDS = 30.0
+COMPLETION_SECONDS = 20.0
 # Away from traffic a load test must find a candidate that breaks, not measure it: the canary does that.
 LOAD_REQUESTS = 40
 LOAD_REQUESTS_PER_SECOND = 4.0

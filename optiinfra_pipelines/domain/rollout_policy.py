@@ -128,6 +128,7 @@ class RolloutPolicy(Frozen):
         default=False, description="Refuse approvers without a secret in the environment."
     )
     lease_seconds: Positive = 30.0
+    max_gap_seconds: Positive = Field(default=30.0, description="Traffic that nobody judged for longer is taken off.")
     look_seconds: Positive = 5.0
     deployments: tuple[DeploymentRollouts, ...] = ()
 

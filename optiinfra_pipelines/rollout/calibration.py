@@ -15,10 +15,10 @@ import numpy as np
 
 from optiinfra_pipelines.rollout.eprocess import (
     LATENCY_ALTERNATIVES,
-    RESTART_STAKE_RATIO,
     Counts,
     Floats,
     first_crossing,
+    latency_stakes,
 )
 
 # Bold to timid. Between them nothing is gained that the replay could tell apart.
@@ -110,8 +110,7 @@ def failed_ratio(replays: Sequence[Replay], log_nulls: Floats, stake: float, log
             replay.overs,
             log_nulls,
             log_ratios,
-            stake,
-            RESTART_STAKE_RATIO * stake,
+            np.array(latency_stakes(stake)),
             len(replay.totals),
             log_limit,
         )

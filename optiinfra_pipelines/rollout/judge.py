@@ -15,10 +15,10 @@ from optiinfra_pipelines.domain.verdicts import SignalState, Verdict, VerdictKin
 from optiinfra_pipelines.rollout.eprocess import (
     ERROR_ALTERNATIVES,
     LATENCY_ALTERNATIVES,
-    RESTART_STAKE_RATIO,
     EdgeProcess,
     TickCounts,
     combined_log_e,
+    latency_stakes,
 )
 from optiinfra_pipelines.rollout.margins import JudgedEdge
 from optiinfra_pipelines.rollout.throughput import ThroughputSequence
@@ -124,7 +124,7 @@ class StepJudge:
                 LATENCY_ALTERNATIVES,
                 self.plan.latency_stake,
                 ticks,
-                restart_stake=RESTART_STAKE_RATIO * self.plan.latency_stake,
+                stakes=latency_stakes(self.plan.latency_stake),
             )
             for edge in edges
         ]
@@ -217,9 +217,7 @@ def _counts(signal: _Signal, canary: ArmTick, baseline: ArmTick) -> list[TickCou
 def _why_failed(state: SignalState) -> str:
     if state.signal == THROUGHPUT:
         evidence = math.exp(min(state.log_e, 50))
-        return (
-            f"{state.signal} of a replica are fewer than the margin allows: evidence {evidence:.3g}:1"
-        )
+        return f"{state.signal} of a replica are fewer than the margin allows: evidence {evidence:.3g}:1"
     what = "failed" if state.bound is None else f"over {state.bound:g} s"
     return (
         f"{state.signal}: {state.canary_over} of {state.canary_requests} canary requests {what}, "

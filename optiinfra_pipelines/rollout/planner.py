@@ -17,10 +17,10 @@ from optiinfra_pipelines.domain.rollouts import RolloutPlan, Stage, Step
 from optiinfra_pipelines.rollout.eprocess import (
     ERROR_ALTERNATIVES,
     LATENCY_ALTERNATIVES,
-    RESTART_STAKE_RATIO,
     Counts,
     Floats,
     first_crossing,
+    latency_stakes,
 )
 from optiinfra_pipelines.rollout.judge import ERROR_NULL_ODDS
 from optiinfra_pipelines.rollout.margins import StableHistogram, judged_edges, merge
@@ -151,7 +151,7 @@ def _latency_seconds(
         np.array(usual),
         log_nulls,
         LATENCY_ALTERNATIVES,
-        (stake, RESTART_STAKE_RATIO * stake),
+        latency_stakes(stake),
         (canary_rate, baseline_rate),
         limit,
         seed,
@@ -164,7 +164,7 @@ def _error_seconds(canary_rate: float, baseline_rate: float, limit: float, seed:
         np.array([_USUAL_ERROR_RATIO]),
         np.log(np.array([ERROR_NULL_ODDS])),
         ERROR_ALTERNATIVES,
-        (1.0, 1.0),
+        (1.0,) * len(ERROR_ALTERNATIVES),
         (canary_rate, baseline_rate),
         limit,
         seed,
@@ -176,7 +176,7 @@ def _found_seconds(
     baseline_tails: Floats,
     log_nulls: Floats,
     alternatives: Sequence[float],
-    stakes: tuple[float, float],
+    stakes: Sequence[float],
     rates: tuple[float, float],
     limit: float,
     seed: int,
@@ -194,7 +194,7 @@ def _found_seconds(
             overs = np.stack(
                 [_nested(random, totals[:, 0], canary_tails), _nested(random, totals[:, 1], baseline_tails)], axis=2
             )
-            crossed = first_crossing(totals, overs, log_nulls, log_ratios, *stakes, horizon, limit)
+            crossed = first_crossing(totals, overs, log_nulls, log_ratios, np.array(stakes), horizon, limit)
             crossings.append(crossed if crossed else math.inf)
         found = sorted(crossings)[math.ceil(FOUND_RATIO * SIMULATED_STEPS) - 1]
         if math.isfinite(found):

@@ -46,6 +46,8 @@ class RolloutTarget(Protocol):
     kind: str
     # True: nothing real is touched and all counts are simulated.
     is_simulated: bool
+    # How long requests in flight at a failed candidate may take to end.
+    drain_seconds: float
 
     def observe(self) -> Actual:
         """The state as the target itself reports it now."""

@@ -21,6 +21,7 @@ class DryRunTarget:
 
     kind = "dry_run"
     is_simulated = True
+    drain_seconds = 0.0
 
     def __init__(self, deployment: str, settings: DryRunSettings, folder: Path) -> None:
         self._settings = settings

@@ -19,6 +19,8 @@ from resources.rollout_targets.haproxy_socket import RuntimeSocket, ServerStatus
 
 # HAProxy's weights are whole and end at 256.
 MAX_WEIGHT = 256
+# It has drained before; what is left is the engine's own shutdown. Less than the lease, which waits for it.
+STOP_SECONDS = 15.0
 
 
 class HaproxyTarget:
@@ -32,6 +34,7 @@ class HaproxyTarget:
         self._socket = RuntimeSocket(settings.socket)
         self._state = TokenFile(Path(folder) / f"{settings.backend}.haproxy.json")
         self._launcher = launcher
+        self.drain_seconds = settings.drain_seconds
 
     # --- roles ---------------------------------------------------------------------------------------
 
@@ -180,7 +183,7 @@ class HaproxyTarget:
 
     def _stop(self, servers: Iterable[HaproxyServer]) -> None:
         for server in servers:
-            self._launcher.stop(server.server, self._settings.drain_seconds)
+            self._launcher.stop(server.server, STOP_SECONDS)
 
     def _of(self, wanted: Iterable[HaproxyServer], servers: Mapping[str, ServerStatus]) -> list[ServerStatus]:
         missing = [one.server for one in wanted if one.server not in servers]

@@ -8,7 +8,7 @@ from scipy.stats import lognorm
 
 from optiinfra_pipelines.domain.rollouts import RolloutPlan, Stage
 from optiinfra_pipelines.rollout.calibration import DEFAULT_STAKE, calibrate, windows
-from optiinfra_pipelines.rollout.eprocess import EdgeProcess, TickCounts, combined_log_e, first_crossing
+from optiinfra_pipelines.rollout.eprocess import EdgeProcess, TickCounts, combined_log_e, first_crossing, latency_stakes
 from optiinfra_pipelines.rollout.margins import StableHistogram
 from optiinfra_pipelines.rollout.planner import PlanRefusal, Traffic, detection_seconds, plan_steps, stages
 
@@ -95,7 +95,7 @@ def test_the_replay_is_the_judge_itself() -> None:
     nulls, ratios = np.array([1.3, 1.4]), np.log(np.array([1.15, 1.3, 1.6, 2.2, 3.5, 6.0, 15.0]))
     totals = random.poisson([10, 90], (200, 2)).astype(np.int64)
     overs = random.binomial(totals[:, None, :], np.array([[[0.6, 0.37], [0.2, 0.1]]])).astype(np.int64)
-    edges = [EdgeProcess(null, stake=0.5, max_ticks=200, restart_stake=0.45) for null in nulls.tolist()]
+    edges = [EdgeProcess(null, stake=0.5, max_ticks=200, stakes=latency_stakes(0.5)) for null in nulls.tolist()]
     crossed = 0
     for tick in range(200):
         for index, edge in enumerate(edges):
@@ -105,7 +105,10 @@ def test_the_replay_is_the_judge_itself() -> None:
             crossed = tick + 1
 
     assert crossed > 1
-    assert first_crossing(totals, overs, np.log(nulls), ratios, 0.5, 0.45, 200, math.log(100)) == crossed
+    assert (
+        first_crossing(totals, overs, np.log(nulls), ratios, np.array(latency_stakes(0.5)), 200, math.log(100))
+        == crossed
+    )
 
 
 def replicas(count: int, ticks: int, drift: float, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
