@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from optiinfra_pipelines.domain.rollouts import Position, RolloutPlan
+from optiinfra_pipelines.domain.verdicts import Verdict
 from optiinfra_pipelines.rollout.calibration import Calibration
 from optiinfra_pipelines.rollout.counts import ProcessPage
 from optiinfra_pipelines.rollout.guards import ReplicaHealth
@@ -80,9 +81,10 @@ def is_near(actual: float, percent: float) -> bool:
 
 @dataclass(frozen=True)
 class Progress:
-    """What one look of the executor came to. numbers: for charts, by name with its unit."""
+    """What one look of the executor came to. numbers: for charts, by name. verdict: where one judges."""
 
     position: Position
     is_done: bool
     message: str
     numbers: Mapping[str, float] = field(default_factory=dict)
+    verdict: Verdict | None = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from optiinfra_pipelines.domain.rollouts import PauseReason, Rollout, Stage, Step
@@ -196,7 +196,8 @@ class TrafficStage:
         if decision.act is Act.PASS:
             return self._passed(row, step, decision, evidence)
         ends = max(0.0, step.dwell_seconds - (now.seconds - self._entered))
-        return executor.say(row, now, f"{step.percent:g} %: {decision.reason}; decides in {ends:.0f} s", numbers)
+        said = executor.say(row, now, f"{step.percent:g} %: {decision.reason}; decides in {ends:.0f} s", numbers)
+        return replace(said, verdict=decision.verdict)
 
     def guard_only(self, row: Rollout, now: Moment) -> Decision | None:
         """While nothing is judged: fail on what needs no statistics. None without traffic at the candidate."""

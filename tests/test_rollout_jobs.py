@@ -97,6 +97,13 @@ def test_a_rehearsal_goes_from_proposal_to_completed(desk: Desk) -> None:
     assert desk.rollouts.store.broken_link() is None
     journal = (desk.rollouts.root / "dry_run" / "chat.dry_run.jsonl").read_text()
     assert "give the candidate 100 % of new requests" in journal
+    pictures = [
+        event.materialization.metadata["evidence"].value
+        for event in executed.all_events
+        if event.is_step_materialization and "evidence" in event.materialization.metadata
+    ]
+    assert pictures
+    assert all(picture.startswith("![evidence over time](data:image/png;base64,iVBOR") for picture in pictures)
     observed = [event for event in executed.all_events if event.is_asset_observation]
     assert observed
     assert any("SIMULATED" in str(event.asset_observation_data.asset_observation.metadata) for event in observed)

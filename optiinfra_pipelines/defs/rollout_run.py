@@ -4,12 +4,14 @@ The ops are what a person sees of the stages; each lets the executor look every 
 its stages. What a look does is `resources.rollout_executor`.
 """
 
-from dataclasses import dataclass
+import base64
+from dataclasses import dataclass, field
 
 import dagster as dg
 
 from optiinfra_pipelines.defs.schema import Metadata
 from optiinfra_pipelines.domain.rollouts import RolloutState, Stage
+from optiinfra_pipelines.rollout.plots import EvidencePoint, evidence_png
 from resources.rollout_desk import Pace, Rollouts
 from resources.rollout_executor import Executor
 from resources.rollout_ports import Progress
@@ -30,8 +32,10 @@ EXECUTE_OPS: tuple[tuple[str, tuple[Stage, ...], str], ...] = (
 class _Run:
     executor: Executor
     pace: Pace
+    began: float
     reported_at: float = float("-inf")
     said: str = ""
+    points: list[EvidencePoint] = field(default_factory=list)
 
 
 class Runs:
@@ -49,7 +53,7 @@ class Runs:
         pace = self._rollouts.pace(executor.target)
         progress = executor.begin(pace.clock())
         self._rollouts.guard(executor)
-        self._runs[context.run_id] = _Run(executor, pace)
+        self._runs[context.run_id] = _Run(executor, pace, pace.clock().seconds)
         context.log.info(progress.message)
 
     def stage_op(self, name: str, stages: tuple[Stage, ...], what: str) -> dg.OpDefinition:
@@ -91,6 +95,9 @@ class Runs:
     def _look(self, context: dg.OpExecutionContext, run: _Run, rollout_id: str) -> Progress:
         now = run.pace.clock()
         progress = run.executor.step(now)
+        if progress.verdict is not None:
+            percent = progress.numbers.get("candidate_percent", 0.0)
+            run.points.append(EvidencePoint(now.seconds - run.began, percent, progress.verdict))
         if str(progress.position) != run.said or now.seconds - run.reported_at >= REPORT_SECONDS:
             run.said, run.reported_at = str(progress.position), now.seconds
             context.log.info("%s: %s", progress.position, progress.message)
@@ -100,9 +107,11 @@ class Runs:
         return progress
 
     def _report(self, context: dg.OpExecutionContext, run: _Run, rollout_id: str, progress: Progress) -> None:
-        context.log_event(
-            dg.AssetMaterialization(self._key, partition=rollout_id, metadata=self._metadata(run, progress))
-        )
+        metadata = self._metadata(run, progress)
+        if run.points:
+            picture = base64.b64encode(evidence_png(run.points, rollout_id)).decode()
+            metadata["evidence"] = dg.MetadataValue.md(f"![evidence over time](data:image/png;base64,{picture})")
+        context.log_event(dg.AssetMaterialization(self._key, partition=rollout_id, metadata=metadata))
 
     @staticmethod
     def _metadata(run: _Run, progress: Progress) -> dict[str, Metadata]:
