@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-# Files that look at the one run of the demo stay together on one worker, so that it runs once.
-OF_THE_DEMO = {"test_demo.py", "test_readme.py"}
 OPTIINFRA = str(Path(sys.executable).parent / "optiinfra")
 
 
@@ -40,10 +38,3 @@ def demo_once(tmp_path_factory: pytest.TempPathFactory) -> DemoOnce:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return DemoOnce(done.stdout, home / "demo")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Workers take whole files: what a file shares is made once."""
-    for item in items:
-        group = "demo" if item.path.name in OF_THE_DEMO else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
