@@ -28,7 +28,7 @@ from optiinfra_pipelines.settings import load_fleet
 from resources.dagster_prune import REFRESH_TAG
 
 # How long the hourly job keeps each part, in hours: PruneConfig's default, and KEEP_EVALUATIONS.
-KEEP_HOURS = {"ticks": 6, "evaluations": 2, "runs": 6, "events": 6}
+KEEP_HOURS = {"ticks": 4, "evaluations": 2, "runs": 4, "events": 4}
 SENSORS = ("scrape_engines", "sample_gpus", "sample_hosts")
 
 

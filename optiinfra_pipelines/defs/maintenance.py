@@ -23,7 +23,7 @@ Job = dg.JobDefinition | UnresolvedAssetJobDefinition
 class PruneConfig(dg.Config):
     """How much of Dagster's own history stays."""
 
-    keep_hours: float = Field(6.0, gt=0, description="Ticks, run-less events and refresh runs younger than this stay.")
+    keep_hours: float = Field(4.0, gt=0, description="Ticks, run-less events and refresh runs younger than this stay.")
     keep_failure_days: float = Field(7.0, gt=0, description="Failed ticks and runs stay this long.")
 
 
