@@ -56,16 +56,20 @@ def replicas_needed(
     return math.ceil(work / capacity_per_second - 1e-9)
 
 
+# Below one request in thirty thousand years a load is none; ratios of smaller numbers overflow.
+NOTHING_PER_SECOND = 1e-12
+
+
 def breach_probability(outlook: LoadOutlook, carried_per_second: float) -> float | None:
     """Chance that the load exceeds what is carried, from P10, P50, P90 as two half log-normals; None if unknown."""
     if outlook.p10 is None or outlook.p50 is None or outlook.p90 is None:
         return None
     if carried_per_second <= 0:
         return 1.0 if outlook.p90 > 0 else 0.0
-    if outlook.p50 <= 0:
+    if outlook.p50 <= NOTHING_PER_SECOND:
         return 0.0 if outlook.p90 <= carried_per_second else 0.1
     far = outlook.p90 if carried_per_second >= outlook.p50 else outlook.p10
-    spread = abs(math.log(max(far, 1e-12) / outlook.p50)) / DECILE_SIGMAS
+    spread = abs(math.log(max(far, NOTHING_PER_SECOND) / outlook.p50)) / DECILE_SIGMAS
     distance = math.log(carried_per_second / outlook.p50)
     if spread == 0:
         return 0.0 if distance >= 0 else 1.0

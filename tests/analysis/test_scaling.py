@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from optiinfra_pipelines.analysis.scaling import (
@@ -82,6 +82,7 @@ def test_a_removal_is_judged_by_what_remains() -> None:
     assert decide(outlook(present=280, p90=280)).action == "hold"
 
 
+@example(5e-324, 0, 1)
 @given(st.floats(0, 2000), st.integers(0, 30), st.integers(1, 4))
 def test_following_the_advice_ends_in_a_hold(load: float, current: int, step: int) -> None:
     """Decisions do not chase each other: after the proposed change the same load asks for nothing more."""
