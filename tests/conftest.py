@@ -7,6 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A landing must not hang on the luck of a draw or on a busy machine: there the same examples are tried each time.
+settings.register_profile("landing", derandomize=True, deadline=None)
+if os.environ.get("CI"):
+    settings.load_profile("landing")
 
 OPTIINFRA = str(Path(sys.executable).parent / "optiinfra")
 
