@@ -1,6 +1,7 @@
 """False rollbacks and detection delays of the canary judge, on a simulated fleet with fresh seeds.
 
-    python benchmarks/judge_acceptance.py [--runs 2000] [--regression-runs 300] [--seed N] [--model real|iid|second]
+    python benchmarks/judge_acceptance.py [--runs 2000] [--regression-runs 300] [--seed N] [--rates ...]
+        [--model real|iid|second] [--stake 0.5]
 
 SIMULATED throughout. Model "real": time to first token lognormal (sigma 0.6) with a 5 % Pareto (2.5) tail; load shared
 by all replicas (AR(1), sd 0.15 over 60 s; a daily shape of x1.4; a burst every ten minutes) moving latency and
@@ -88,7 +89,9 @@ def simulate(seed, rate, factor, error_ratio, model, ticks, warm, bounds, counts
             errors[t, arm] += np.random.binomial(requests, broken)
 
 
-def one_run(seed: int, rate: float, factor: float, error_ratio: float, model: int, start: int) -> tuple[int, int]:
+def one_run(
+    seed: int, rate: float, factor: float, error_ratio: float, model: int, start: int, stake: float
+) -> tuple[int, int]:
     """First crossing of the latency and of the error process, as ticks from the regression's start; 0 = never."""
     hour = 720
     before, nothing = np.zeros((hour, 2, 1 + BOUNDS.size), np.int64), np.zeros((hour, 2), np.int64)
@@ -112,7 +115,7 @@ def one_run(seed: int, rate: float, factor: float, error_ratio: float, model: in
         overs,
         np.log(np.array([edge.null_odds for edge in edges])),
         np.log(np.array(LATENCY_ALTERNATIVES)),
-        np.array(latency_stakes(DEFAULT_STAKE)),
+        np.array(latency_stakes(stake)),
         TICKS,
         math.log(1 / ALPHA),
     )
@@ -149,12 +152,14 @@ def main() -> None:
     arguments.add_argument("--regression-runs", type=int, default=300)
     arguments.add_argument("--seed", type=int, default=int(time.time()) % 10**6 * 1000)
     arguments.add_argument("--model", choices=["real", "iid", "second"], default="real")
+    arguments.add_argument("--rates", type=float, nargs="+", default=[0.5, 2.0, 10.0], help="canary requests/s")
+    arguments.add_argument("--stake", type=float, default=DEFAULT_STAKE, help="as an A/A replay would choose it")
     given = arguments.parse_args()
     model = {"real": REAL, "iid": IID, "second": SECOND}[given.model]
     print(f"simulated, model {given.model}, seed {given.seed}, alpha {ALPHA} per signal, a look every 5 s for 30 min")
     started = time.process_time()
-    for rate in (0.5, 2.0, 10.0):
-        results = [one_run(given.seed + i, rate, 1.0, 0.0, model, 0) for i in range(given.runs)]
+    for rate in given.rates:
+        results = [one_run(given.seed + i, rate, 1.0, 0.0, model, 0, given.stake) for i in range(given.runs)]
         for name, column in (("latency", 0), ("errors", 1)):
             hits = sum(1 for run in results if run[column])
             print(
@@ -166,12 +171,12 @@ def main() -> None:
         for factor in (1.05, 1.25, 1.5, 2.0):
             for start in (0, 180):
                 seeds = range(given.seed + 5 * 10**6, given.seed + 5 * 10**6 + given.regression_runs)
-                crossings = [one_run(seed, rate, factor, 0.0, model, start)[0] for seed in seeds]
+                crossings = [one_run(seed, rate, factor, 0.0, model, start, given.stake)[0] for seed in seeds]
                 when = "from the start" if not start else "after 15 min  "
                 print(f"{rate:4g} req/s  +{factor - 1:4.0%} {when}  {delays(crossings, start)}", flush=True)
         for ratio in (0.05, 0.2):
             seeds = range(given.seed + 7 * 10**6, given.seed + 7 * 10**6 + given.regression_runs)
-            crossings = [one_run(seed, rate, 1.0, ratio, model, 0)[1] for seed in seeds]
+            crossings = [one_run(seed, rate, 1.0, ratio, model, 0, given.stake)[1] for seed in seeds]
             print(f"{rate:4g} req/s  errors {ratio:3.0%}            {delays(crossings, 0)}", flush=True)
     print(f"CPU {time.process_time() - started:.0f} s")
 
