@@ -23,10 +23,10 @@ import polars as pl
 from optiinfra_pipelines.domain.fleet import Deployment, Fleet, Host, Target
 from optiinfra_pipelines.sql.loader import load_models
 from optiinfra_pipelines.sql.sources import raw_tables
-from resources.ledger_store import LedgerStore
+from resources.findings.waste import WasteStore
+from resources.ledger.store import LedgerStore
 from resources.model_runner import ModelRunner
 from resources.warehouse import Warehouse
-from resources.waste_store import WasteStore
 
 START = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 HOUR = timedelta(hours=1)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from optiinfra_pipelines.analysis.forecast import forecast, rolling_forecasts
+from optiinfra_pipelines.analysis.forecast.forecaster import forecast, rolling_forecasts
 
 STEP = 600.0
 TEST_ORIGINS = 576

@@ -20,8 +20,8 @@ from pathlib import Path
 import polars as pl
 
 from optiinfra_pipelines.sql.sources import raw_tables
-from resources.gpus import GpuCollector
-from tests.fake_nvml.harness import H100, ROOT, build, gpu
+from resources.nvml.gpus import GpuCollector
+from tests.gpus.fake_nvml.harness import H100, ROOT, build, gpu
 
 # Far enough apart for GPM (100 ms) and for new samples in the ring (6 a second).
 GAP_SECONDS = 0.25

@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 
 import psutil
 
-from resources.hosts import HostCollector
+from resources.host.host import HostCollector
 
 TICK = timedelta(seconds=5)
 # Four processes that wait: an engine's API server, its core and two workers.

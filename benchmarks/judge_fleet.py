@@ -20,9 +20,9 @@ from optiinfra_pipelines.engines import normalize, to_frames
 from optiinfra_pipelines.exposition import Reader
 from optiinfra_pipelines.sql.loader import load_models
 from optiinfra_pipelines.sql.sources import raw_tables
-from resources.demo import RECORDINGS
-from resources.findings_reader import read_windows
-from resources.findings_store import FindingsStore, diagnose_all
+from resources.demo.fleet import RECORDINGS
+from resources.findings.reader import read_windows
+from resources.findings.store import FindingsStore, diagnose_all
 from resources.model_runner import ModelRunner
 from resources.warehouse import Warehouse
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from resources.warehouse import Warehouse
 
-WRITER = Path(__file__).parents[1] / "tests" / "warehouse_writer.py"
+WRITER = Path(__file__).parents[1] / "tests" / "warehouse" / "writer.py"
 ROWS_PER_BATCH = 41
 # A life ends this many announcements after the start, and then somewhere inside the work that was announced last:
 # an append, a move or a publication of this size takes 20 to 150 ms.

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from optiinfra_pipelines.analysis.kv_cache import block_trace, hit_ratio_curve, measure_reuse
+from optiinfra_pipelines.analysis.kv_cache.curve import block_trace, hit_ratio_curve, measure_reuse
 
 MILLION = 1_000_000
 FIRST_CALL = """
 import time; start = time.process_time()
 import polars as pl
-from optiinfra_pipelines.analysis.kv_cache import measure_reuse
+from optiinfra_pipelines.analysis.kv_cache.curve import measure_reuse
 imported = time.process_time()
 measure_reuse(pl.DataFrame({"hash_ids": [list(range(n % 50)) for n in range(REQUESTS)]}))
 print(f"{time.process_time() - imported:.2f}")

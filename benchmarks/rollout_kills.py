@@ -22,9 +22,9 @@ from pathlib import Path
 from optiinfra_pipelines.domain.fleet import Fleet
 from optiinfra_pipelines.domain.rollout_policy import RolloutPolicy
 from optiinfra_pipelines.domain.rollouts import Change, KnobGroup, Proposal, RolloutPlan
-from resources.rollout_desk import Rollouts
-from resources.rollout_store import RolloutError
-from resources.rollout_watchdog import Watchdog
+from resources.rollouts.desk import Rollouts
+from resources.rollouts.store import RolloutError
+from resources.rollouts.watchdog import Watchdog
 
 LOOK_SECONDS = 0.1
 

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from optiinfra_pipelines.analysis.backtest import backtest
-from optiinfra_pipelines.analysis.backtest_tuning import (
+from optiinfra_pipelines.analysis.backtest.replay import backtest
+from optiinfra_pipelines.analysis.backtest.tuning import (
     choose_policy,
     hpa_candidates,
     keda_candidates,

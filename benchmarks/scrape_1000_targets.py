@@ -30,8 +30,8 @@ import httpx
 
 from optiinfra_pipelines.domain.fleet import Cadence, Fleet, Target
 from optiinfra_pipelines.exposition import Page, Reader
-from resources.engine_scraper import EngineScraper
-from resources.metrics_endpoint import MetricsEndpoints
+from resources.scrape.engine_scraper import EngineScraper
+from resources.scrape.metrics_endpoint import MetricsEndpoints
 from resources.warehouse import Warehouse
 
 SERVER_PROCESSES = 4

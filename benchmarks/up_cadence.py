@@ -25,7 +25,7 @@ import dagster as dg
 import psutil
 
 from optiinfra_pipelines.settings import load_fleet
-from resources.dagster_prune import REFRESH_TAG
+from resources.dagster_home.prune import REFRESH_TAG
 
 # How long the hourly job keeps each part, in hours: PruneConfig's default, and KEEP_EVALUATIONS.
 KEEP_HOURS = {"ticks": 4, "evaluations": 2, "runs": 4, "events": 4}

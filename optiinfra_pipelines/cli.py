@@ -11,7 +11,7 @@ import click
 
 from optiinfra_pipelines.settings import Paths, SettingsError, find_paths
 from resources.logs import configure_logging
-from resources.trace_files import TraceFormat
+from resources.traces.files import TraceFormat
 
 _HOST = click.option(
     "--host",

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 
 import dagster as dg
 
-from optiinfra_pipelines.analysis.insights_evidence import make_pack
+from optiinfra_pipelines.analysis.insights.evidence import make_pack
 from optiinfra_pipelines.defs.automation import automation_sensor
 from optiinfra_pipelines.defs.findings import finding_assets
 from optiinfra_pipelines.defs.forecast import forecast_assets
@@ -32,16 +32,16 @@ from optiinfra_pipelines.settings import Paths, find_paths, load_fleet
 from optiinfra_pipelines.sql.loader import load_models
 from resources.alert_outlet import AlertOutlet
 from resources.collectors import Collectors
-from resources.findings_store import FindingsStore
-from resources.insight_store import InsightStore
-from resources.insight_writer import InsightWriter
-from resources.ledger_store import LedgerStore
+from resources.findings.objectives import ObjectiveStore
+from resources.findings.store import FindingsStore
+from resources.findings.waste import WasteStore
+from resources.insights.store import InsightStore
+from resources.insights.writer import InsightWriter
+from resources.ledger.store import LedgerStore
 from resources.logs import configure_logging
 from resources.model_runner import ModelRunner
-from resources.objective_store import ObjectiveStore
-from resources.report_reader import read_advice, read_report
+from resources.report.reader import read_advice, read_report
 from resources.warehouse import Warehouse
-from resources.waste_store import WasteStore
 from sensors.collection import collection_sensors
 from sensors.watch import alerts_asset, watch_sensor
 

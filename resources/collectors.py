@@ -16,13 +16,13 @@ import polars as pl
 
 from optiinfra_pipelines.domain.fleet import Fleet, Host
 from optiinfra_pipelines.sql.sources import raw_tables
-from resources.engine_scraper import REPEAT_AFTER, EngineScraper
-from resources.gpus import GpuCollector
-from resources.hosts import HostCollector
-from resources.metrics_endpoint import MetricsEndpoints
-from resources.recent_scrapes import RecentScrapes
-from resources.telemetry import Exporter, ExporterTelemetry, TelemetrySource
-from resources.telemetry_prometheus import PrometheusHost, PrometheusTelemetry, SeriesOf
+from resources.host.host import HostCollector
+from resources.nvml.gpus import GpuCollector
+from resources.scrape.engine_scraper import REPEAT_AFTER, EngineScraper
+from resources.scrape.metrics_endpoint import MetricsEndpoints
+from resources.scrape.recent import RecentScrapes
+from resources.telemetry.exporters import Exporter, ExporterTelemetry, TelemetrySource
+from resources.telemetry.prometheus import PrometheusHost, PrometheusTelemetry, SeriesOf
 
 Frames = Mapping[str, pl.DataFrame]
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")

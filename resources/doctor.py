@@ -15,11 +15,11 @@ import httpx
 from optiinfra_pipelines.domain.fleet import Fleet, Target
 from optiinfra_pipelines.engines import PORTS, Description, UnknownEngineError, describe, normalize
 from optiinfra_pipelines.exposition import ExpositionError, Reader
-from resources.gpus import GpuCollector
-from resources.hosts import HostCollector
-from resources.metrics_endpoint import MetricsEndpoints, ScrapeResult
-from resources.telemetry import Description as ExporterDescription
-from resources.telemetry import ExporterTelemetry
+from resources.host.host import HostCollector
+from resources.nvml.gpus import GpuCollector
+from resources.scrape.metrics_endpoint import MetricsEndpoints, ScrapeResult
+from resources.telemetry.exporters import Description as ExporterDescription
+from resources.telemetry.exporters import ExporterTelemetry
 
 # Where an engine tells its version; the metrics pages do not. (engine, path, key of the JSON answer)
 _VERSION_PATHS = (

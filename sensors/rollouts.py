@@ -1,14 +1,14 @@
 """The two sensors of rollouts: one launches what was approved, one keeps safe what nobody executes.
 
-Each asks a resource and returns what it found. The rules are `resources.rollout_watchdog` and `rollout.gate`.
+Each asks a resource and returns what it found. The rules are `resources.rollouts.watchdog` and `rollout.gate`.
 """
 
 import dagster as dg
 
 from optiinfra_pipelines.defs.rollout_run import ROLLOUT_TAG
 from optiinfra_pipelines.domain.rollouts import RolloutState
-from resources.rollout_desk import Rollouts
-from resources.rollout_watchdog import RunState, Watchdog
+from resources.rollouts.desk import Rollouts
+from resources.rollouts.watchdog import RunState, Watchdog
 
 # The daemon looks every 5 s and skips a sensor whose interval is not over.
 _INTERVAL_SECONDS = 4

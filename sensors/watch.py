@@ -14,7 +14,7 @@ import dagster as dg
 from optiinfra_pipelines.analysis.watch import watch
 from optiinfra_pipelines.domain.alerts import Alert
 from resources.alert_outlet import AlertOutlet, headline
-from resources.recent_scrapes import RecentScrapes
+from resources.scrape.recent import RecentScrapes
 
 ALERTS = "alerts"
 # Deliveries kept for another try; older ones give way, they are in the log and in the UI all the same.

@@ -14,7 +14,7 @@ from optiinfra_pipelines.domain.fleet import Fleet, Target
 from optiinfra_pipelines.domain.thresholds import threshold_values
 from optiinfra_pipelines.sql.sources import raw_tables
 from resources.alert_outlet import AlertOutlet
-from resources.recent_scrapes import RecentScrapes
+from resources.scrape.recent import RecentScrapes
 from sensors.watch import watch_sensor
 
 START = datetime(2026, 11, 20, 12, tzinfo=UTC)

@@ -10,9 +10,9 @@ import pytest
 
 from optiinfra_pipelines.domain.fleet import Deployment, Fleet, Target
 from resources.collectors import Collectors
-from resources.engine_scraper import REPEAT_AFTER
+from resources.scrape.engine_scraper import REPEAT_AFTER
 from resources.warehouse import DiskNearlyFullError, Warehouse
-from tests.loopback import Loopback, page
+from tests.scrape.loopback import Loopback, page
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 VLLM = (Path(__file__).parent / "fixtures" / "exposition" / "vllm_0.32.0_loaded_1.prom").read_text()

@@ -7,8 +7,8 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from resources.dagster_prune import REFRESH_TAG, prune
-from resources.dagster_stack import prepare_home
+from resources.dagster_home.prune import REFRESH_TAG, prune
+from resources.dagster_home.stack import prepare_home
 
 HOUR = timedelta(hours=1)
 

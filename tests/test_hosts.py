@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from optiinfra_pipelines.sql.sources import raw_tables
-from resources.hosts import HostCollector
+from resources.host.host import HostCollector
 from tests.telemetry.kernel import DISKSTATS, NET_DEV, STAT, Kernel, make_kernel
 
 NOW = datetime(2026, 11, 20, 15, 0, tzinfo=UTC)

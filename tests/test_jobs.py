@@ -12,7 +12,7 @@ from optiinfra_pipelines.domain.fleet import Fleet, Host, Target
 from optiinfra_pipelines.settings import Paths
 from optiinfra_pipelines.sql.loader import load_models
 from resources.collectors import Collectors
-from resources.dagster_stack import prepare_home
+from resources.dagster_home.stack import prepare_home
 from resources.model_runner import ModelRunner
 from resources.warehouse import Warehouse
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from resources.replay import UNTIMED_STEP_SECONDS, ReplayServer, load_recording
+from resources.demo.replay import UNTIMED_STEP_SECONDS, ReplayServer, load_recording
 
 
 def write(folder: Path, *names: str) -> Path:

@@ -9,20 +9,22 @@ import dagster as dg
 import pytest
 from click import ClickException
 
-from optiinfra_pipelines.analysis.insights_evidence import make_pack
+from optiinfra_pipelines.analysis.insights.evidence import make_pack
 from optiinfra_pipelines.commands import report as command
 from optiinfra_pipelines.defs.insights import insights_asset
 from optiinfra_pipelines.defs.report import fleet_report_asset
 from optiinfra_pipelines.domain.fleet import Fleet, Objective
 from optiinfra_pipelines.domain.objectives import ObjectiveStatus
 from optiinfra_pipelines.settings import Paths, find_paths
-from resources import findings_store, ledger_store, objective_store
-from resources.insight_store import InsightStore
-from resources.insight_writer import InsightWriter
-from resources.report_files import write_report
-from resources.report_reader import read_report
+from resources.findings import objectives as objective_store
+from resources.findings import store as findings_store
+from resources.insights.store import InsightStore
+from resources.insights.writer import InsightWriter
+from resources.ledger import store as ledger_store
+from resources.report.files import write_report
+from resources.report.reader import read_report
 from resources.warehouse import Warehouse
-from tests.insight_cases import NOW, abstention, finding, recommendation
+from tests.advice.insight_cases import NOW, abstention, finding, recommendation
 
 PACK = make_pack([finding()], [recommendation()], [abstention()])
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from resources.dagster_stack import PortTakenError, claim_port
-from resources.supervisor import Child, ChildFailedError, Supervisor
+from resources.dagster_home.stack import PortTakenError, claim_port
+from resources.dagster_home.supervisor import Child, ChildFailedError, Supervisor
 
 # A child with a child of its own, as the code server has its runs.
 FAMILY = (
@@ -72,7 +72,7 @@ def test_a_child_that_cannot_start_is_an_error_with_its_last_words(supervisor: S
 def test_children_end_when_the_supervisor_is_killed_outright(tmp_path: Path) -> None:
     """kill -9 of the parent leaves nothing running."""
     script = (
-        "import os, sys, time; from pathlib import Path; from resources.supervisor import *;"
+        "import os, sys, time; from pathlib import Path; from resources.dagster_home.supervisor import *;"
         "s = Supervisor(os.environ, Path('.'), print);"
         "s.start([Child('w', [sys.executable, '-c', 'import time; time.sleep(60)'], Path('log'))]);"
         "print(s.pids['w'], flush=True); time.sleep(60)"

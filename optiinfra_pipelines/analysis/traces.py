@@ -17,7 +17,7 @@ from typing import Any
 
 import polars as pl
 
-from optiinfra_pipelines.analysis.kv_cache_events import kv_event_frame
+from optiinfra_pipelines.analysis.kv_cache.events import kv_event_frame
 
 REQUESTS_SCHEMA = pl.Schema(
     {

@@ -26,11 +26,11 @@ from optiinfra_pipelines.settings import Paths, find_paths, load_fleet
 from optiinfra_pipelines.sql.loader import load_models
 from optiinfra_pipelines.sql.models import Layer
 from resources.collectors import Collectors
-from resources.dagster_stack import prepare_home
-from resources.demo import SHOWN, demo_recordings, write_demo_fleet
-from resources.findings_store import FindingsStore
+from resources.dagster_home.stack import prepare_home
+from resources.demo.fleet import SHOWN, demo_recordings, write_demo_fleet
+from resources.demo.replay import Recording, ReplayServer
+from resources.findings.store import FindingsStore
 from resources.model_runner import ModelRunner
-from resources.replay import Recording, ReplayServer
 from resources.warehouse import Warehouse, WarehouseError
 
 STEP = timedelta(seconds=5)

@@ -20,9 +20,9 @@ from optiinfra_pipelines.commands.console import console, print_table
 from optiinfra_pipelines.defs.forecast import forecast_assets
 from optiinfra_pipelines.defs.kv_cache import kv_cache_assets
 from optiinfra_pipelines.defs.scaling import scaling_assets
-from resources.advice_store import AdviceStore, advice_tables
-from resources.trace_files import TraceFormat
-from resources.trace_import import ImportedTrace, ImportRefusedError, import_trace, read_marker
+from resources.advice.store import AdviceStore, advice_tables
+from resources.traces.files import TraceFormat
+from resources.traces.importer import ImportedTrace, ImportRefusedError, import_trace, read_marker
 from resources.warehouse import Warehouse, WarehouseError
 
 # An imported trace tells nothing of replicas: capacity is taken so that its busiest minute needs so many.

@@ -14,15 +14,15 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from optiinfra_pipelines.analysis.report_data import ReportData
-from optiinfra_pipelines.analysis.report_document import Card, Document, Grid, Part, Picture, Tone, Words
-from optiinfra_pipelines.analysis.report_html import to_html
-from optiinfra_pipelines.analysis.report_sections import make_document
+from optiinfra_pipelines.analysis.report.data import ReportData
+from optiinfra_pipelines.analysis.report.document import Card, Document, Grid, Part, Picture, Tone, Words
+from optiinfra_pipelines.analysis.report.html import to_html
+from optiinfra_pipelines.analysis.report.sections import make_document
 from optiinfra_pipelines.commands.console import console
 from optiinfra_pipelines.domain.fleet import Fleet
 from optiinfra_pipelines.settings import Paths, SettingsError, load_fleet
-from resources.report_files import write_report
-from resources.report_reader import read_published_report
+from resources.report.files import write_report
+from resources.report.reader import read_published_report
 from resources.warehouse import Warehouse
 
 Reader = Callable[[Path, Fleet, datetime, datetime], ReportData]

@@ -19,8 +19,8 @@ import click
 from optiinfra_pipelines.commands.console import console
 from optiinfra_pipelines.domain.fleet import Fleet
 from optiinfra_pipelines.settings import Paths, SettingsError, load_fleet
-from resources.dagster_stack import PortTakenError, children, claim_port, prepare_home
-from resources.supervisor import ChildFailedError, Supervisor
+from resources.dagster_home.stack import PortTakenError, children, claim_port, prepare_home
+from resources.dagster_home.supervisor import ChildFailedError, Supervisor
 from resources.warehouse import Warehouse, WarehouseError
 
 LOOK_SECONDS = 0.5

@@ -11,7 +11,7 @@ import polars as pl
 from optiinfra_pipelines.defs.automation import refresh_condition
 from optiinfra_pipelines.defs.models import WAREHOUSE_POOL
 from optiinfra_pipelines.defs.schema import Metadata, preview, table_metadata
-from resources.advice_store import advice_tables
+from resources.advice.store import advice_tables
 
 GROUP = "advice"
 # Load is forecast in steps of 10 minutes and replicas take minutes to start: an hour old is still of use, and a run

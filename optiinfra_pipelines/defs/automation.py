@@ -6,7 +6,7 @@ from typing import Any
 
 import dagster as dg
 
-from resources.dagster_prune import REFRESH_TAG
+from resources.dagster_home.prune import REFRESH_TAG
 
 # Evaluating thirty assets costs about a tenth of a CPU second; the first refresh may wait this long.
 EVALUATE_SECONDS = 20

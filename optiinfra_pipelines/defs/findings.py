@@ -1,6 +1,6 @@
 """Findings and objectives as assets: names, dependencies, automation and what the UI shows of them.
 
-Deriving and storing are `resources.findings_store` and `resources.objective_store`.
+Deriving and storing are `resources.findings.store` and `resources.findings.objectives`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from optiinfra_pipelines.defs.automation import refresh_condition
 from optiinfra_pipelines.defs.models import WAREHOUSE_POOL
 from optiinfra_pipelines.domain.findings import Finding
 from optiinfra_pipelines.domain.objectives import ObjectiveStatus
-from resources.findings_store import FindingsStore
-from resources.objective_store import ObjectiveStore
+from resources.findings.objectives import ObjectiveStore
+from resources.findings.store import FindingsStore
 
 _FINDINGS_FROM = (
     "stg_scrapes",

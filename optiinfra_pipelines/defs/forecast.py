@@ -1,4 +1,4 @@
-"""The asset `load_forecast`: names, dependencies and metadata; the forecast is `analysis.forecast`."""
+"""The asset `load_forecast`: names, dependencies and metadata; the forecast is `analysis.forecast.forecaster`."""
 
 from collections.abc import Callable
 from datetime import datetime
@@ -6,11 +6,11 @@ from datetime import datetime
 import dagster as dg
 import polars as pl
 
-from optiinfra_pipelines.analysis.advise_load import BOOSTED_ROWS, load_steps
+from optiinfra_pipelines.analysis.forecast.rows import BOOSTED_ROWS, load_steps
 from optiinfra_pipelines.analysis.plots import as_markdown, fan_chart
 from optiinfra_pipelines.defs.advice import advice_asset, result
 from optiinfra_pipelines.domain.fleet import Fleet
-from resources.advisor import Advisor
+from resources.advice.advisor import Advisor
 from resources.warehouse import Warehouse
 
 SHOWN_MEASURE = "demand_tokens_per_second"

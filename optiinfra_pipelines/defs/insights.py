@@ -1,6 +1,6 @@
 """The asset `insights`: the current findings and recommendations in plain words, with who wrote them.
 
-Names, dependencies and metadata only; writing is `resources.insight_writer`.
+Names, dependencies and metadata only; writing is `resources.insights.writer`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 
 import dagster as dg
 
-from optiinfra_pipelines.analysis.report_advice import insight_section
-from optiinfra_pipelines.analysis.report_markdown import section_markdown
+from optiinfra_pipelines.analysis.report.advice import insight_section
+from optiinfra_pipelines.analysis.report.markdown import section_markdown
 from optiinfra_pipelines.defs.automation import refresh_condition
 from optiinfra_pipelines.defs.schema import Metadata
 from optiinfra_pipelines.domain.insights import EvidencePack, Insight
-from resources.insight_writer import InsightWriter
+from resources.insights.writer import InsightWriter
 
 
 def insights_asset(

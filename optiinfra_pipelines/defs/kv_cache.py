@@ -1,6 +1,6 @@
 """The assets `kv_reuse_curve` and `kv_cache_recommendations`.
 
-Names, launchpad config and metadata only; the curve is `analysis.kv_cache`, the sizes are `analysis.kv_cache_sizing`.
+Names, launchpad config and metadata only; the curve is `kv_cache.curve`, the sizes are `kv_cache.sizing`.
 """
 
 from collections.abc import Callable
@@ -10,13 +10,13 @@ import dagster as dg
 import polars as pl
 from pydantic import Field
 
-from optiinfra_pipelines.analysis.advise_cache import CacheQuestion
-from optiinfra_pipelines.analysis.kv_cache_sizing import GIB
+from optiinfra_pipelines.analysis.kv_cache.rows import CacheQuestion
+from optiinfra_pipelines.analysis.kv_cache.sizing import GIB
 from optiinfra_pipelines.analysis.plots import as_markdown, reuse_plot
 from optiinfra_pipelines.defs.advice import advice_asset, result
 from optiinfra_pipelines.domain.fleet import Fleet
 from optiinfra_pipelines.domain.kv_cache import Memory
-from resources.advisor import Advisor
+from resources.advice.advisor import Advisor
 from resources.warehouse import Warehouse
 
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from optiinfra_pipelines.defs.models import READ_COPY, WAREHOUSE_POOL
 from optiinfra_pipelines.domain.fleet import Retention
 from optiinfra_pipelines.sql.models import Window
-from resources.dagster_prune import REFRESH_TAG, prune
+from resources.dagster_home.prune import REFRESH_TAG, prune
 from resources.model_runner import ModelRunner
 from resources.warehouse import Warehouse
 

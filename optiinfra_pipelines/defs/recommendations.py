@@ -1,7 +1,7 @@
 """Recommendations, their ledger and how right they were; waste, costs and trends: as assets.
 
-Names, dependencies and what the UI shows only. Deriving and storing are `resources.ledger_store` and
-`resources.waste_store`.
+Names, dependencies and what the UI shows only. Deriving and storing are `resources.ledger.store` and
+`resources.findings.waste`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from optiinfra_pipelines.defs.models import WAREHOUSE_POOL
 from optiinfra_pipelines.defs.schema import preview
 from optiinfra_pipelines.domain.recommendations import Accuracy, LedgerEntry, LedgerState, RuleAbstention
 from optiinfra_pipelines.domain.rollouts import Rollout
-from resources.ledger_store import LedgerStore
-from resources.waste_store import WasteStore
+from resources.findings.waste import WasteStore
+from resources.ledger.store import LedgerStore
 
 _ADVICE_FROM = (
     "stg_engine_samples",

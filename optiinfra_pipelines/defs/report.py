@@ -1,6 +1,6 @@
 """The asset `fleet_report`: the whole state of the fleet as one HTML file, and its short form in the UI.
 
-Names, dependencies and metadata only; the document is `analysis.report_sections`, its data `resources.report_reader`.
+Names, dependencies and metadata only; the document is `analysis.report.sections`, its data `resources.report.reader`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from pathlib import Path
 
 import dagster as dg
 
-from optiinfra_pipelines.analysis.report_data import ReportData
-from optiinfra_pipelines.analysis.report_html import to_html
-from optiinfra_pipelines.analysis.report_markdown import to_markdown
-from optiinfra_pipelines.analysis.report_plots import load_png
-from optiinfra_pipelines.analysis.report_sections import make_document
+from optiinfra_pipelines.analysis.report.data import ReportData
+from optiinfra_pipelines.analysis.report.html import to_html
+from optiinfra_pipelines.analysis.report.markdown import to_markdown
+from optiinfra_pipelines.analysis.report.plots import load_png
+from optiinfra_pipelines.analysis.report.sections import make_document
 from optiinfra_pipelines.defs.automation import refresh_condition
 from optiinfra_pipelines.defs.models import WAREHOUSE_POOL
 from optiinfra_pipelines.defs.schema import Metadata
-from resources.report_files import write_report
+from resources.report.files import write_report
 
 REPORT_WINDOW = timedelta(hours=24)
 # A report takes two seconds of CPU, mostly plots; a person opens it now and then.

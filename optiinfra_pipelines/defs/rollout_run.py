@@ -1,7 +1,7 @@
 """One run of execute_rollout: an executor kept by the run, paced, and reported while it goes.
 
 The ops are what a person sees of the stages; each lets the executor look every few seconds until the rollout has left
-its stages. What a look does is `resources.rollout_executor`.
+its stages. What a look does is `resources.rollouts.executor`.
 """
 
 import base64
@@ -12,9 +12,9 @@ import dagster as dg
 from optiinfra_pipelines.defs.schema import Metadata
 from optiinfra_pipelines.domain.rollouts import RolloutState, Stage
 from optiinfra_pipelines.rollout.plots import EvidencePoint, evidence_png
-from resources.rollout_desk import Pace, Rollouts
-from resources.rollout_executor import Executor
-from resources.rollout_ports import Progress
+from resources.rollouts.desk import Pace, Rollouts
+from resources.rollouts.executor import Executor
+from resources.rollouts.ports import Progress
 
 ROLLOUT_TAG = "optiinfra/rollout_id"
 # One observation a minute: charts stay readable, and Dagster's own storage small.

@@ -1,7 +1,7 @@
 """Rollouts in the launchpad: propose, approve, reject, execute, pause, resume, abort, roll back; one partition each.
 
 Names, config and reports only. The row in the store is the truth; what is shown here is its trace. Doing things is
-`resources.rollout_desk` and `resources.rollout_executor`, pacing them and reporting them `defs.rollout_run`.
+`resources.rollouts.desk` and `resources.rollouts.executor`, pacing them and reporting them `defs.rollout_run`.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from optiinfra_pipelines.defs.rollout_config import (
 from optiinfra_pipelines.defs.rollout_run import EXECUTE_OPS, Runs
 from optiinfra_pipelines.defs.schema import Metadata
 from optiinfra_pipelines.domain.rollouts import Change, Rollout
-from resources.rollout_desk import Rollouts
-from resources.rollout_store import RolloutError
+from resources.rollouts.desk import Rollouts
+from resources.rollouts.store import RolloutError
 
 PARTITIONS = dg.DynamicPartitionsDefinition(name="rollouts")
 REQUEST, APPROVAL, EXECUTION = (dg.AssetKey(["rollout", name]) for name in ("request", "approval", "execution"))

@@ -12,13 +12,13 @@ import polars as pl
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 from pydantic import Field, TypeAdapter, ValidationError
 
-from optiinfra_pipelines.analysis.advise_backtest import BacktestQuestion
+from optiinfra_pipelines.analysis.backtest.rows import BacktestQuestion
 from optiinfra_pipelines.analysis.plots import as_markdown, pareto_plot
 from optiinfra_pipelines.defs.advice import advice_asset, result
 from optiinfra_pipelines.defs.schema import Metadata
 from optiinfra_pipelines.domain.fleet import Fleet
 from optiinfra_pipelines.domain.scaling import Policy
-from resources.advisor import Advisor
+from resources.advice.advisor import Advisor
 from resources.warehouse import Warehouse
 
 _POLICY: TypeAdapter[Policy] = TypeAdapter(Policy)

@@ -1,6 +1,6 @@
 """The job `import_trace`: a public trace into a warehouse of its own.
 
-Launchpad config only; the import is `resources.trace_import`.
+Launchpad config only; the import is `resources.traces.importer`.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,8 @@ import dagster as dg
 from pydantic import Field
 
 from optiinfra_pipelines.analysis.traces import TraceError
-from resources.trace_files import TraceFormat
-from resources.trace_import import ImportRefusedError, import_trace
+from resources.traces.files import TraceFormat
+from resources.traces.importer import ImportRefusedError, import_trace
 
 
 class TraceConfig(dg.Config):

@@ -1,6 +1,6 @@
 """What is wrong with what: findings with their evidence, abstentions with their reason.
 
-Nouns only. Deciding is `analysis.findings` and the modules it names; storing is `resources.findings_store`.
+Nouns only. Deciding is `analysis.findings.diagnosis` and the modules it names; storing is `resources.findings.store`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What NVIDIA's driver means by its numbers: clock-event reasons, XID errors, recovery actions.
 
 Nouns and tables only, of NVML's public header (nvml.h 13) and of NVIDIA's XID catalog
-(docs.nvidia.com/deploy/xid-errors). Reading a driver is `resources.gpus`; judging a GPU's health is `analysis`.
+(docs.nvidia.com/deploy/xid-errors). Reading a driver is `resources.nvml.gpus`; judging a GPU's health is `analysis`.
 """
 
 from __future__ import annotations

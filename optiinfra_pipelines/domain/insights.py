@@ -1,7 +1,7 @@
 """Nouns of insights: the evidence a writer may use, what it wrote, and which writer it was.
 
 Frozen and closed; units beside every value. Making the evidence, checking a text against it and the template's text
-are `analysis.insights_*`; asking a language model is `resources.insight_writer`. Nothing here can start or approve
+are `analysis.insights_*`; asking a language model is `resources.insights.writer`. Nothing here can start or approve
 anything: an insight is text and the ids of the evidence that each sentence cites.
 """
 

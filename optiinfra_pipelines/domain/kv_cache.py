@@ -1,7 +1,7 @@
 """Nouns of cache sizing: how well a workload reuses its prefixes, and how much memory for that reuse pays.
 
-Frozen and closed; units in the names. How they are computed: `analysis.kv_cache` (the reuse curve),
-`analysis.kv_cache_sizing` (the recommendation) and `analysis.kv_cache_events` (what KV events can tell).
+Frozen and closed; units in the names. How they are computed: `analysis.kv_cache.curve` (the reuse curve),
+`analysis.kv_cache.sizing` (the recommendation) and `analysis.kv_cache.events` (what KV events can tell).
 """
 
 from __future__ import annotations

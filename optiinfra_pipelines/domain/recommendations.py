@@ -1,7 +1,7 @@
 """What to change: recommendations with effect, basis and evidence; refusals; and the life of each in the ledger.
 
-Nouns and the table of a recommendation's life. Deciding is `analysis.recommendations`, the ledger's rules are
-`analysis.ledger`, storing is `resources.ledger_store`. Making a change is a rollout's.
+Nouns and the table of a recommendation's life. Deciding is `analysis.recommendations.derive`, the ledger's rules are
+`analysis.ledger.life`, storing is `resources.ledger.store`. Making a change is a rollout's.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Basis(StrEnum):
 class Effect(Frozen):
     """What a change should do to one signal: the change of its mean, in its unit, as an interval.
 
-    signal: a name of `analysis.ledger_effect.SIGNALS`, so that it can be measured afterwards. before: its value in the
+    signal: a name of `analysis.ledger.effect.SIGNALS`, so that it can be measured afterwards. before: its value in the
     window that the recommendation stands on. derivation: the arithmetic or the data, in words and numbers.
     """
 

@@ -1,7 +1,7 @@
 """Nouns of gated rollouts: change, plan, proposal, approval, position, event, and the row that holds them.
 
 Frozen and closed; units in the names. What may follow what is `rollout.machine`; what an operator may set is
-`domain.rollout_policy`; where rows live is `resources.rollout_store`.
+`domain.rollout_policy`; where rows live is `resources.rollouts.store`.
 """
 
 from __future__ import annotations

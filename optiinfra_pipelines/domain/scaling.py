@@ -1,8 +1,8 @@
 """Nouns of scaling: the policies that can be replayed, what a replay found, what one replica carries, what to do.
 
 Frozen and closed; units in the names. Demand is counted in one unit of work throughout a replay (tokens, or requests)
-that the caller chooses; a capacity is that unit per second and replica. Replaying is `analysis.backtest`,
-deciding is `analysis.scaling`.
+that the caller chooses; a capacity is that unit per second and replica. Replaying is `analysis.backtest.replay`,
+deciding is `analysis.scaling.replicas`.
 """
 
 from __future__ import annotations

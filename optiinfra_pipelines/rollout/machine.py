@@ -1,7 +1,7 @@
 """What may follow what in a rollout: one total function from a position and an input to a new position or a refusal.
 
 Pure and without memory. Who may give an input, and when, is `rollout.gate`; keeping the row is
-`resources.rollout_store`.
+`resources.rollouts.store`.
 """
 
 from __future__ import annotations

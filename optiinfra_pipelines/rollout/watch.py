@@ -1,7 +1,7 @@
 """Watch one step of a rollout: takes in looks, answers hold, pass, fail or pause, each with its reason.
 
 Pure: time is an argument, in seconds of any steady clock. It joins the judge (`rollout.judge`), the guards
-(`rollout.guards`) and the rules for silence; doing what it answers is `resources.rollout_executor`.
+(`rollout.guards`) and the rules for silence; doing what it answers is `resources.rollouts.executor`.
 """
 
 from __future__ import annotations

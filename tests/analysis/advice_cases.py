@@ -9,12 +9,12 @@ from pathlib import Path
 import duckdb
 import polars as pl
 
-from optiinfra_pipelines.analysis.recommendations import Advice, Group, recommend
-from optiinfra_pipelines.analysis.rules_context import Context
-from optiinfra_pipelines.analysis.rules_measures import SAMPLE_COLUMNS, Measures, measure_targets
+from optiinfra_pipelines.analysis.recommendations.context import Context
+from optiinfra_pipelines.analysis.recommendations.derive import Advice, Group, recommend
+from optiinfra_pipelines.analysis.recommendations.measures import SAMPLE_COLUMNS, Measures, measure_targets
 from optiinfra_pipelines.domain.findings import Subject
 from optiinfra_pipelines.sql.sources import raw_tables
-from resources.ledger_windows import read_window
+from resources.ledger.windows import read_window
 from tests.sql.harness import empty_warehouse, recordings, replay
 
 VLLM = "vllm/0.32.0/small_llama_kv8k"

@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 
-from optiinfra_pipelines.analysis.findings_window import EngineWindow
+from optiinfra_pipelines.analysis.findings.window import EngineWindow
 from optiinfra_pipelines.engines import normalize, to_frames
 from optiinfra_pipelines.exposition import Reader
 from optiinfra_pipelines.sql.sources import raw_tables

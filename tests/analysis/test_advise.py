@@ -9,13 +9,13 @@ from typing import Any
 import polars as pl
 import pytest
 
-from optiinfra_pipelines.analysis.advise_backtest import BacktestQuestion, backtest_rows
-from optiinfra_pipelines.analysis.advise_load import demand_steps, load_steps
-from optiinfra_pipelines.analysis.advise_scaling import billion_parameters, scaling_rows
-from optiinfra_pipelines.analysis.cold_start import ColdStart
+from optiinfra_pipelines.analysis.backtest.rows import BacktestQuestion, backtest_rows
+from optiinfra_pipelines.analysis.forecast.rows import demand_steps, load_steps
 from optiinfra_pipelines.analysis.plots import MAX_BYTES, as_markdown, fan_chart, pareto_plot, reuse_plot
+from optiinfra_pipelines.analysis.scaling.cold_start import ColdStart
+from optiinfra_pipelines.analysis.scaling.rows import billion_parameters, scaling_rows
 from optiinfra_pipelines.domain.fleet import Deployment
-from resources.advice_store import advice_tables, shaped
+from resources.advice.store import advice_tables, shaped
 
 END = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 CHAT = Deployment(

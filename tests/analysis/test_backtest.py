@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from optiinfra_pipelines.analysis import backtest as module
-from optiinfra_pipelines.analysis.backtest import backtest, compare_policies, oracle_replica_hours, replay
-from optiinfra_pipelines.analysis.backtest_manifests import manifest
-from optiinfra_pipelines.analysis.backtest_policies import line_fit, window_mean
-from optiinfra_pipelines.analysis.backtest_tuning import choose_policy, keda_candidates, trend_candidates
+from optiinfra_pipelines.analysis.backtest import replay as module
+from optiinfra_pipelines.analysis.backtest.manifests import manifest
+from optiinfra_pipelines.analysis.backtest.policies import line_fit, window_mean
+from optiinfra_pipelines.analysis.backtest.replay import backtest, compare_policies, oracle_replica_hours, replay
+from optiinfra_pipelines.analysis.backtest.tuning import choose_policy, keda_candidates, trend_candidates
 from optiinfra_pipelines.domain.scaling import (
     ForesightPolicy,
     HpaPolicy,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optiinfra_pipelines.analysis.cold_start import (
+from optiinfra_pipelines.analysis.scaling.cold_start import (
     DEFAULT_COLD_START_SECONDS,
     MIN_STARTS,
     STARTS_SCHEMA,

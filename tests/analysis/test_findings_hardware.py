@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optiinfra_pipelines.analysis.findings import diagnose
-from optiinfra_pipelines.analysis.findings_deployment import DeploymentWindow, diagnose_deployment
-from optiinfra_pipelines.analysis.findings_gpu import GpuWindow, diagnose_gpu
-from optiinfra_pipelines.analysis.findings_host import HostWindow, diagnose_host
-from optiinfra_pipelines.analysis.findings_links import link_causes
-from optiinfra_pipelines.analysis.findings_window import EngineWindow
+from optiinfra_pipelines.analysis.findings.deployment import DeploymentWindow, diagnose_deployment
+from optiinfra_pipelines.analysis.findings.diagnosis import diagnose
+from optiinfra_pipelines.analysis.findings.gpu import GpuWindow, diagnose_gpu
+from optiinfra_pipelines.analysis.findings.host import HostWindow, diagnose_host
+from optiinfra_pipelines.analysis.findings.links import link_causes
+from optiinfra_pipelines.analysis.findings.window import EngineWindow
 from optiinfra_pipelines.domain.findings import Diagnosis, FindingKind, Severity
 from optiinfra_pipelines.domain.thresholds import threshold_values
 from optiinfra_pipelines.sql.sources import raw_tables

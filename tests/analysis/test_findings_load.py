@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from optiinfra_pipelines.analysis.findings import diagnose
-from optiinfra_pipelines.analysis.findings_window import Capacity, HitHistory
-from optiinfra_pipelines.analysis.latency_share import PhaseShares, phase_shares, wilson_lower
+from optiinfra_pipelines.analysis.findings.diagnosis import diagnose
+from optiinfra_pipelines.analysis.findings.latency_share import PhaseShares, phase_shares, wilson_lower
+from optiinfra_pipelines.analysis.findings.window import Capacity, HitHistory
 from optiinfra_pipelines.domain.findings import Diagnosis, FindingKind
 from optiinfra_pipelines.domain.fleet import Objective
 from optiinfra_pipelines.domain.thresholds import threshold_values

@@ -11,8 +11,8 @@ import duckdb
 import polars as pl
 import pytest
 
-from optiinfra_pipelines.analysis.findings import LOAD_KINDS, diagnose
-from optiinfra_pipelines.analysis.findings_window import EngineWindow
+from optiinfra_pipelines.analysis.findings.diagnosis import LOAD_KINDS, diagnose
+from optiinfra_pipelines.analysis.findings.window import EngineWindow
 from optiinfra_pipelines.domain.findings import Diagnosis, FindingKind
 from optiinfra_pipelines.domain.thresholds import threshold_values
 from optiinfra_pipelines.sql.loader import load_models

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from optiinfra_pipelines.analysis.findings import LOAD_KINDS, diagnose
-from optiinfra_pipelines.analysis.findings_update import update_findings
-from optiinfra_pipelines.analysis.findings_window import EngineWindow
+from optiinfra_pipelines.analysis.findings.diagnosis import LOAD_KINDS, diagnose
+from optiinfra_pipelines.analysis.findings.update import update_findings
+from optiinfra_pipelines.analysis.findings.window import EngineWindow
 from optiinfra_pipelines.domain.findings import Diagnosis, Finding, FindingKind, Severity, Subject, finding_id
 from optiinfra_pipelines.domain.thresholds import threshold_values
 from optiinfra_pipelines.sql.sources import raw_tables

@@ -10,14 +10,14 @@ import numpy as np
 import polars as pl
 import pytest
 
-from optiinfra_pipelines.analysis.forecast import (
+from optiinfra_pipelines.analysis.forecast.forecaster import (
     FORECAST_SCHEMA,
     fit_forecaster,
     forecast,
     predict,
     rolling_forecasts,
 )
-from optiinfra_pipelines.analysis.forecast_panel import make_panel, recorder_gaps
+from optiinfra_pipelines.analysis.forecast.panel import make_panel, recorder_gaps
 
 STEP = 600.0
 
@@ -177,7 +177,7 @@ def test_two_hundred_series_take_seconds() -> None:
 def test_importing_the_forecaster_loads_no_heavy_library() -> None:
     """LightGBM and statsforecast cost seconds to import: only a fit that uses them pays."""
     code = (
-        "import sys, optiinfra_pipelines.analysis.forecast; "
+        "import sys, optiinfra_pipelines.analysis.forecast.forecaster; "
         "print([m for m in ('lightgbm', 'statsforecast', 'sklearn', 'numba') if m in sys.modules])"
     )
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout

@@ -9,13 +9,13 @@ from datetime import timedelta
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optiinfra_pipelines.analysis.insights_evidence import evidence_hash, make_pack, subjects_hash
-from optiinfra_pipelines.analysis.insights_grounding import faults_of
-from optiinfra_pipelines.analysis.insights_prompt import messages_for, reply_schema
-from optiinfra_pipelines.analysis.insights_template import template_narrative
+from optiinfra_pipelines.analysis.insights.evidence import evidence_hash, make_pack, subjects_hash
+from optiinfra_pipelines.analysis.insights.grounding import faults_of
+from optiinfra_pipelines.analysis.insights.prompt import messages_for, reply_schema
+from optiinfra_pipelines.analysis.insights.template import template_narrative
 from optiinfra_pipelines.domain.findings import FindingKind, Severity
 from optiinfra_pipelines.domain.insights import Narrative
-from tests.insight_cases import NOW, abstention, finding, recommendation, signal
+from tests.advice.insight_cases import NOW, abstention, finding, recommendation, signal
 
 
 def test_the_most_severe_come_first_and_closed_ones_not_at_all() -> None:

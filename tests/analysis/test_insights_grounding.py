@@ -8,13 +8,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from optiinfra_pipelines.analysis.insights_evidence import make_pack
-from optiinfra_pipelines.analysis.insights_grounding import faults_of, problems_of
-from optiinfra_pipelines.analysis.insights_quantities import NUMBER_WORDS
-from optiinfra_pipelines.analysis.insights_words import WORDS, is_plain
+from optiinfra_pipelines.analysis.insights.evidence import make_pack
+from optiinfra_pipelines.analysis.insights.grounding import faults_of, problems_of
+from optiinfra_pipelines.analysis.insights.quantities import NUMBER_WORDS
+from optiinfra_pipelines.analysis.insights.words import WORDS, is_plain
 from optiinfra_pipelines.domain.findings import FindingKind, Severity
 from optiinfra_pipelines.domain.insights import EvidenceItem, Fact, Narrative, Sentence
-from tests.insight_cases import abstention, finding, recommendation, signal
+from tests.advice.insight_cases import abstention, finding, recommendation, signal
 
 PACK = make_pack(
     [finding(), finding("sgl-2", FindingKind.QUEUE_BUILDUP, Severity.CRITICAL, minutes=3)],

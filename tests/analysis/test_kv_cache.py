@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optiinfra_pipelines.analysis import kv_cache_stack
-from optiinfra_pipelines.analysis.kv_cache import (
+from optiinfra_pipelines.analysis.kv_cache import stack as kv_cache_stack
+from optiinfra_pipelines.analysis.kv_cache.accesses import AccessError, block_trace
+from optiinfra_pipelines.analysis.kv_cache.curve import (
     hit_ratio_by_period,
     hit_ratio_curve,
     measure_reuse,
     optimal_hit_ratio,
     summarize_reuse,
 )
-from optiinfra_pipelines.analysis.kv_cache_accesses import AccessError, block_trace
 
 requests_of_blocks = st.lists(st.lists(st.integers(0, 12), max_size=6), min_size=1, max_size=30)
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optiinfra_pipelines.analysis.kv_cache_events import (
+from optiinfra_pipelines.analysis.kv_cache.events import (
     EVENTS_SCHEMA,
     decode_kv_frames,
     gain_of_more_cache,

@@ -9,8 +9,8 @@ from typing import Any
 import polars as pl
 import pytest
 
-from optiinfra_pipelines.analysis.kv_cache import Reuse, measure_reuse, summarize_reuse
-from optiinfra_pipelines.analysis.kv_cache_sizing import (
+from optiinfra_pipelines.analysis.kv_cache.curve import Reuse, measure_reuse, summarize_reuse
+from optiinfra_pipelines.analysis.kv_cache.sizing import (
     GIB,
     curve_from_reuse_histogram,
     fragmentation_ratio,

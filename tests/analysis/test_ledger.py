@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optiinfra_pipelines.analysis import ledger
-from optiinfra_pipelines.analysis.ledger_accuracy import accuracy, past_effects, share_interval
-from optiinfra_pipelines.analysis.ledger_effect import WARM_UP, measure_effect
+from optiinfra_pipelines.analysis.ledger import life as ledger
+from optiinfra_pipelines.analysis.ledger.accuracy import accuracy, past_effects, share_interval
+from optiinfra_pipelines.analysis.ledger.effect import WARM_UP, measure_effect
 from optiinfra_pipelines.domain.evidence import Signal
 from optiinfra_pipelines.domain.findings import Subject
 from optiinfra_pipelines.domain.recommendations import (

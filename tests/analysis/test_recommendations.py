@@ -7,9 +7,9 @@ from datetime import timedelta
 
 import pytest
 
-from optiinfra_pipelines.analysis.recommendations import Group, recommend
-from optiinfra_pipelines.analysis.rules_context import Context
-from optiinfra_pipelines.analysis.rules_measures import measure_targets
+from optiinfra_pipelines.analysis.recommendations.context import Context
+from optiinfra_pipelines.analysis.recommendations.derive import Group, recommend
+from optiinfra_pipelines.analysis.recommendations.measures import measure_targets
 from optiinfra_pipelines.domain.findings import Finding, FindingKind, Severity, Subject
 from optiinfra_pipelines.domain.fleet import Deployment
 from optiinfra_pipelines.domain.models import ModelShape

@@ -18,22 +18,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from optiinfra_pipelines.analysis.insights_evidence import make_pack
-from optiinfra_pipelines.analysis.insights_template import template_narrative
-from optiinfra_pipelines.analysis.report_data import Advice, ReportData
-from optiinfra_pipelines.analysis.report_document import Card, Document, Grid
-from optiinfra_pipelines.analysis.report_html import to_html
-from optiinfra_pipelines.analysis.report_markdown import MAX_CHARS, escaped, to_markdown
-from optiinfra_pipelines.analysis.report_plots import LatencyLine, latency_svg, load_png, load_svg, states_svg
-from optiinfra_pipelines.analysis.report_sections import make_document
-from optiinfra_pipelines.analysis.report_values import cell, change, heading, interval, plain, value
+from optiinfra_pipelines.analysis.insights.evidence import make_pack
+from optiinfra_pipelines.analysis.insights.template import template_narrative
+from optiinfra_pipelines.analysis.report.data import Advice, ReportData
+from optiinfra_pipelines.analysis.report.document import Card, Document, Grid
+from optiinfra_pipelines.analysis.report.html import to_html
+from optiinfra_pipelines.analysis.report.markdown import MAX_CHARS, escaped, to_markdown
+from optiinfra_pipelines.analysis.report.plots import LatencyLine, latency_svg, load_png, load_svg, states_svg
+from optiinfra_pipelines.analysis.report.sections import make_document
+from optiinfra_pipelines.analysis.report.values import cell, change, heading, interval, plain, value
 from optiinfra_pipelines.commands.report import show
 from optiinfra_pipelines.domain.findings import FindingKind, Severity
 from optiinfra_pipelines.domain.fleet import Deployment, Objective
 from optiinfra_pipelines.domain.insights import Insight
 from optiinfra_pipelines.domain.objectives import ObjectiveStatus
 from optiinfra_pipelines.domain.recommendations import Accuracy
-from tests.insight_cases import NOW, abstention, finding, recommendation, signal
+from tests.advice.insight_cases import NOW, abstention, finding, recommendation, signal
 
 TTFT = Objective(kind="ttft", target_ratio=0.99, threshold_seconds=2.0)
 HOSTILE = [

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optiinfra_pipelines.analysis.quantization import QuantizationOption, options
-from optiinfra_pipelines.analysis.recommendations import SIZINGS, Group, recommend
-from optiinfra_pipelines.analysis.rules import RULES, check
-from optiinfra_pipelines.analysis.rules_context import Context, GpuFacts, PastEffect, Sized, with_context
-from optiinfra_pipelines.analysis.rules_flags import FLAGS, GROUPS, NoFlag, find_flag
-from optiinfra_pipelines.analysis.rules_measures import Histogram, Measures
-from optiinfra_pipelines.analysis.rules_sizing import overflow_chance
+from optiinfra_pipelines.analysis.recommendations.context import Context, GpuFacts, PastEffect, Sized, with_context
+from optiinfra_pipelines.analysis.recommendations.derive import SIZINGS, Group, recommend
+from optiinfra_pipelines.analysis.recommendations.flags import FLAGS, GROUPS, NoFlag, find_flag
+from optiinfra_pipelines.analysis.recommendations.measures import Histogram, Measures
+from optiinfra_pipelines.analysis.recommendations.rules import RULES, check
+from optiinfra_pipelines.analysis.recommendations.sizing import overflow_chance
 from optiinfra_pipelines.domain.findings import Subject
 from optiinfra_pipelines.domain.fleet import Deployment, Objective
 from optiinfra_pipelines.domain.models import known_model

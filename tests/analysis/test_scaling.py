@@ -12,14 +12,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from optiinfra_pipelines.analysis.scaling import (
+from optiinfra_pipelines.analysis.scaling.capacity import profile_tokens_per_second, replica_capacity
+from optiinfra_pipelines.analysis.scaling.replicas import (
     LoadOutlook,
     ScalingSettings,
     breach_probability,
     recommend_scaling,
     replicas_needed,
 )
-from optiinfra_pipelines.analysis.scaling_capacity import profile_tokens_per_second, replica_capacity
 from optiinfra_pipelines.domain.scaling import Capacity, ScalingAdvice
 
 NOW = datetime(2026, 11, 20, tzinfo=UTC)

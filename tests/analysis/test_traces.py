@@ -9,7 +9,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from optiinfra_pipelines.analysis.kv_cache import measure_reuse
+from optiinfra_pipelines.analysis.kv_cache.curve import measure_reuse
 from optiinfra_pipelines.analysis.traces import (
     ACCESSES_SCHEMA,
     CLIENT_LOAD_SCHEMA,

@@ -15,7 +15,7 @@ from optiinfra_pipelines.domain.thresholds import threshold_values
 from optiinfra_pipelines.engines import normalize, to_frames
 from optiinfra_pipelines.exposition import Reader
 from optiinfra_pipelines.sql.sources import raw_tables
-from resources.recent_scrapes import RecentScrapes
+from resources.scrape.recent import RecentScrapes
 
 START = datetime(2026, 11, 20, 12, tzinfo=UTC)
 STEP = timedelta(seconds=5)

@@ -20,9 +20,9 @@ import pytest
 
 from optiinfra_pipelines.domain.fleet import Host
 from optiinfra_pipelines.sql.sources import raw_tables
-from resources.metrics_endpoint import MetricsEndpoints
-from resources.telemetry import TABLES, ExporterTelemetry
-from resources.telemetry_prometheus import PrometheusHost, PrometheusTelemetry, SeriesOf
+from resources.scrape.metrics_endpoint import MetricsEndpoints
+from resources.telemetry.exporters import TABLES, ExporterTelemetry
+from resources.telemetry.prometheus import PrometheusHost, PrometheusTelemetry, SeriesOf
 
 NOW = datetime(2026, 11, 20, 15, 0, tzinfo=UTC)
 NODE_PAGE = (

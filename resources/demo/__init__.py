@@ -1,0 +1,1 @@
+"""What the demo shows: recordings of real engines, served over loopback HTTP."""

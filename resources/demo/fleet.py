@@ -1,0 +1,108 @@
+"""The demo's fleet: recordings of real engines over loopback HTTP, beside this host's own live metrics.
+
+Here: which recordings are shown and what each of them is. Not here: serving them (`replay`) or the command
+(`optiinfra_pipelines.commands.demo`). Where each recording comes from: tests/fixtures/recordings/PROVENANCE.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from resources.demo.replay import Recording, ReplayServer, load_recording
+
+RECORDINGS = Path(__file__).parents[2] / "tests" / "fixtures" / "recordings"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One recorded target of the demo. `truth` says in a few words what it really is."""
+
+    target: str
+    deployment: str
+    model: str
+    folder: str
+    phases: tuple[str, ...]
+    truth: str
+
+
+SHOWN: tuple[Shown, ...] = (
+    Shown(
+        "vllm-recorded",
+        "chat-vllm",
+        "small-llama",
+        "vllm/0.32.0/small_llama_kv8k",
+        (
+            "01_idle",
+            "02_light_c1",
+            "03_loaded_shared_prefix_c8",
+            "04_kv_pressure_preempt_c16",
+            "05_overload_queue_c64_low_kv",
+            "06_drained_idle",
+        ),
+        "recording of a real vLLM 0.32 on CPU under real load",
+    ),
+    Shown(
+        "llamacpp-recorded",
+        "chat-llamacpp",
+        "small-random",
+        "llama.cpp/debian-1_0.7.0-b11669/small_np4_c8192",
+        ("01_idle", "02_light_c1", "03_shared_prefix_c4", "04_overload_deferred_c24", "05_drained_idle"),
+        "recording of a real llama-server under real load",
+    ),
+    Shown(
+        "dynamo-frontend-recorded",
+        "mock-dynamo",
+        "mock",
+        "dynamo/1.6.1/frontend_kv_router_mocker",
+        ("01_idle", "02_light_c1", "03_shared_prefix_c8", "04_overload_c64", "05_drained_idle"),
+        "recording of a real Dynamo frontend; the engine behind it was simulated",
+    ),
+    Shown(
+        "dynamo-worker-recorded",
+        "mock-dynamo",
+        "mock",
+        "dynamo/1.6.1/frontend_kv_router_mocker",
+        ("worker",),
+        "recording of Dynamo's mocker: a simulated engine",
+    ),
+    Shown(
+        "sglang-recorded",
+        "chat-sglang",
+        "small-llama",
+        "sglang/0.5.23",
+        ("collectors_in_process",),
+        "snapshots of SGLang's own metrics code; gauges set by hand, no pace recorded",
+    ),
+)
+
+
+def demo_recordings(root: Path = RECORDINGS) -> list[Recording]:
+    """The recordings of SHOWN. Raises FileNotFoundError naming the one that has no pages."""
+    return [load_recording(shown.target, [root / shown.folder / phase for phase in shown.phases]) for shown in SHOWN]
+
+
+def write_demo_fleet(path: Path, server: ReplayServer, recordings: Sequence[Recording]) -> None:
+    """Write the demo's fleet.yaml: one recorded target per recording, and this host live."""
+    shown = {entry.target: entry for entry in SHOWN}
+    targets = [
+        {
+            "name": recording.name,
+            "url": server.url(recording.name),
+            "deployment": shown[recording.name].deployment,
+            "source": "recorded",
+        }
+        for recording in recordings
+    ]
+    models = {entry.deployment: entry.model for entry in SHOWN}
+    fleet = {
+        "targets": targets,
+        "deployments": [{"name": name, "model": model} for name, model in models.items()],
+        "hosts": [{"name": "this-host", "local": True}],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = "# Written by `optiinfra demo` at each start: recordings on loopback, and this host live.\n"
+    path.write_text(header + yaml.safe_dump(fleet, sort_keys=False))

@@ -1,0 +1,1 @@
+"""Diagnosis and the warehouse: reading its windows; keeping findings, objectives and waste."""

@@ -1,0 +1,1 @@
+"""The ledger of recommendations and the warehouse: reading its windows, deriving, keeping."""

@@ -1,0 +1,305 @@
+"""One window after the other: what the rules say, what was applied, what it did. Live refreshes and replays alike.
+
+Windows lie on a fixed grid of the clock and only closed ones are looked at, so the ledger does not depend on when
+somebody looked. Here: stepping over windows of an open warehouse. Not here: the rules (`analysis`), the tables
+(`resources.ledger.store`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+import duckdb
+
+from optiinfra_pipelines.analysis.ledger import life as ledger
+from optiinfra_pipelines.analysis.ledger.accuracy import past_effects
+from optiinfra_pipelines.analysis.ledger.effect import DUE, LEVEL, PERIOD, measure_effect
+from optiinfra_pipelines.analysis.recommendations.context import Context, GpuFacts
+from optiinfra_pipelines.analysis.recommendations.derive import Advice, Group, recommend
+from optiinfra_pipelines.analysis.recommendations.measures import Measures, measure_targets
+from optiinfra_pipelines.analysis.recommendations.rules import DAILY
+from optiinfra_pipelines.domain.findings import Subject
+from optiinfra_pipelines.domain.fleet import Deployment, Fleet, Target
+from optiinfra_pipelines.domain.models import ModelShape, known_model
+from optiinfra_pipelines.domain.prices import price_of
+from optiinfra_pipelines.domain.recommendations import (
+    ChangeKind,
+    Grade,
+    LedgerEntry,
+    LedgerEvent,
+    LedgerEventKind,
+    LedgerState,
+    RealizedEffect,
+    Recommendation,
+    RuleAbstention,
+)
+from resources.ledger.windows import (
+    read_changed_targets,
+    read_changes,
+    read_day,
+    read_effect_rows,
+    read_findings,
+    read_gpus,
+    read_settings,
+    read_versions,
+    read_window,
+)
+
+DAY = timedelta(days=1)
+# Subject and rule of each candidate of one window.
+Standing = frozenset[tuple[str, str]]
+
+
+@dataclass
+class Ledger:
+    """The ledger as it is worked on: entries and measured effects, and what a run of steps adds to them."""
+
+    entries: dict[str, LedgerEntry]
+    realized: dict[str, RealizedEffect] = field(default_factory=dict)
+    new: list[Recommendation] = field(default_factory=list)
+    events: list[tuple[LedgerEvent, LedgerState]] = field(default_factory=list)
+    abstentions: tuple[RuleAbstention, ...] = ()
+
+    def add(self, event: LedgerEvent, recommendation: Recommendation | None = None) -> None:
+        """Let something happen; what the state does not allow changes nothing and is not kept."""
+        known = self.entries.get(event.recommendation_id)
+        about = known.recommendation if known is not None else recommendation
+        if about is None or (known is not None and ledger.transition(known.state, event.kind).refusal is not None):
+            return
+        self.entries[about.id] = ledger.apply(known, about, event)
+        self.events.append((event, self.entries[about.id].state))
+
+    def look(self, candidates: Sequence[Recommendation], at: datetime) -> None:
+        """Take over what one look says: new recommendations, events, and which open ones were seen again."""
+        step = ledger.look(list(self.entries.values()), candidates, at)
+        opened = {one.id: one for one in step.opened}
+        self.new += step.opened
+        for event in step.events:
+            self.add(event, opened.get(event.recommendation_id))
+        for recommendation_id in step.seen:
+            self.see(recommendation_id, at)
+
+    def see(self, recommendation_id: str, at: datetime) -> None:
+        entry = self.entries[recommendation_id]
+        self.entries[recommendation_id] = entry.model_copy(update={"last_seen_at": max(entry.last_seen_at, at)})
+
+
+@dataclass(frozen=True)
+class Deriver:
+    """Steps over windows. shapes: shapes of models by deployment, for those that no table knows."""
+
+    fleet: Fleet
+    window: timedelta
+    shapes: Mapping[str, ModelShape] = field(default_factory=dict)
+
+    def windows(self, after: datetime, until: datetime) -> list[datetime]:
+        """Ends of the closed windows of the grid after `after` and not after `until`."""
+        seconds = self.window.total_seconds()
+        first = math.floor(after.timestamp() / seconds) + 1
+        last = math.floor(until.timestamp() / seconds)
+        return [datetime.fromtimestamp(n * seconds, UTC) for n in range(first, last + 1)]
+
+    def advise(
+        self, connection: duckdb.DuckDBPyConnection, end: datetime, book: Ledger
+    ) -> tuple[Advice, dict[str, Measures], list[Group]]:
+        """What the rules say of the window that ends at `end`."""
+        start = end - self.window
+        rows = read_window(connection, start, end)
+        measures = measure_targets(rows.samples, rows.histograms, rows.settings)
+        groups = self.groups(connection, start, end, measures, book)
+        advice = recommend(
+            groups,
+            measures,
+            at=end,
+            findings=read_findings(connection, start, end),
+            recent=list(book.entries.values()),
+        )
+        return advice, measures, groups
+
+    def step(self, connection: duckdb.DuckDBPyConnection, end: datetime, book: Ledger, standing: Standing) -> Standing:
+        """One window: what was applied, what it did, what lapsed, what is advised.
+
+        standing: subject and rule of the candidates of the window before; only one that stood there too is opened.
+        Returns those of this window.
+        """
+        self._detect(connection, end, book)
+        self._measure(connection, end, book)
+        for event in ledger.lapse(list(book.entries.values()), end):
+            book.add(event)
+        advice, measures, groups = self.advise(connection, end, book)
+        self._detect_seen(end, book, measures, groups)
+        lasting = [one for one in advice.candidates if (str(one.subject), one.rule) in standing]
+        book.look(lasting, end)
+        book.abstentions = advice.abstentions
+        if end.timestamp() % DAY.total_seconds() == 0:
+            book.look(self._advise_day(connection, end, book).candidates, end)
+        return frozenset((str(one.subject), one.rule) for one in advice.candidates)
+
+    def _advise_day(self, connection: duckdb.DuckDBPyConnection, end: datetime, book: Ledger) -> Advice:
+        """What the daily rules say of the UTC day that ends at `end`; its evidence is a day, so once is enough."""
+        measures = read_day(connection, end - DAY, end)
+        groups = self.groups(connection, end - DAY, end, measures, book)
+        return recommend(groups, measures, at=end, recent=list(book.entries.values()), rules=DAILY)
+
+    def groups(
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        start: datetime,
+        end: datetime,
+        measures: Mapping[str, Measures],
+        book: Ledger,
+    ) -> list[Group]:
+        """Every deployment, and every target that belongs to none, with what is known around it."""
+        versions = read_versions(connection)
+        gpus = read_gpus(connection, start, end)
+        past = past_effects(book.entries.values(), book.realized)
+        members: dict[Subject, list[Target]] = {}
+        for target in self.fleet.targets:
+            kind, name = ("deployment", target.deployment) if target.deployment else ("target", target.name)
+            members.setdefault(Subject.model_validate({"kind": kind, "name": name}), []).append(target)
+        deployments = {one.name: one for one in self.fleet.deployments}
+        groups = []
+        for subject, targets in members.items():
+            deployment = deployments.get(subject.name) if subject.kind == "deployment" else None
+            seen = [measures[target.name] for target in targets if target.name in measures]
+            engines = {one.engine for one in seen if one.vantage == "engine"}
+            engine = (deployment.engine if deployment else None) or (engines.pop() if len(engines) == 1 else None)
+            facts = _worst([gpus[target.host] for target in targets if target.host in gpus])
+            context = Context(
+                engine=engine,
+                engine_version=next((versions[t.name] for t in targets if t.name in versions), None),
+                deployment=deployment,
+                replicas=max(1, sum(one.vantage == "engine" for one in seen)),
+                shape=self._shape(subject, deployment),
+                gpu=facts,
+                price=price_of(
+                    (deployment.gpu if deployment else None) or facts.name,
+                    deployment.price_usd_per_gpu_hour if deployment else None,
+                ),
+                past=past,
+            )
+            names = tuple(target.name for target in targets)
+            groups.append(Group(subject, names, context, source=targets[0].source))
+        return groups
+
+    def _shape(self, subject: Subject, deployment: Deployment | None) -> ModelShape | None:
+        given = self.shapes.get(subject.name)
+        return given or (known_model(deployment.model) if deployment else None)
+
+    def _targets(self, entry: LedgerEntry) -> list[str]:
+        subject = entry.recommendation.subject
+        if subject.kind == "target":
+            return [subject.name]
+        return [target.name for target in self.fleet.targets if target.deployment == subject.name]
+
+    def _detect(self, connection: duckdb.DuckDBPyConnection, end: datetime, book: Ledger) -> None:
+        """Configurations that changed: the advised way, or another."""
+        waiting = [entry for entry in book.entries.values() if entry.state in _NOT_APPLIED]
+        if not waiting:
+            return
+        since = min(entry.recommendation.made_at for entry in waiting)
+        changes = read_changes(connection, since, end)
+        settings = read_settings(connection) if changes else {}
+        for entry in waiting:
+            targets = set(self._targets(entry))
+            event = ledger.detect(entry, [one for one in changes if one.target in targets], settings, end)
+            if event is not None:
+                book.add(event)
+
+    def _detect_seen(
+        self, end: datetime, book: Ledger, measures: Mapping[str, Measures], groups: Sequence[Group]
+    ) -> None:
+        """Changes that no page tells: more requests running than the ceiling let, another number of replicas."""
+        for entry in [one for one in book.entries.values() if one.state in _NOT_APPLIED]:
+            targets = [name for name in self._targets(entry) if name in measures]
+            running = [(name, end, measures[name]["running_max"] or 0.0) for name in targets]
+            event = ledger.detect_ceiling(entry, running)
+            if event is None and entry.recommendation.kind is ChangeKind.REPLICAS:
+                # Targets of fleet.yaml, not those that answered: a lost replica is no scale-down.
+                event = ledger.detect_replicas(entry, [(end, len(self._targets(entry)))])
+            if event is not None:
+                book.add(event)
+
+    def _measure(self, connection: duckdb.DuckDBPyConnection, end: datetime, book: Ledger) -> None:
+        """Measurements that fell due in this window; the last one leaves nothing unclear open."""
+        for entry in [one for one in book.entries.values() if one.state is LedgerState.APPLIED]:
+            applied_at = entry.applied_at
+            due = [applied_at + wait for wait in DUE] if applied_at is not None else []
+            now = next((at for at in due if end - self.window < at <= end), None)
+            if applied_at is None or now is None:
+                continue
+            outcome = self._effect(connection, entry, applied_at, now)
+            effect = entry.recommendation.effects[0]
+            is_last = now == due[-1]
+            if isinstance(outcome, RealizedEffect):
+                book.realized[entry.recommendation.id] = outcome
+                kind = ledger.decide(effect, outcome)
+                reason = (
+                    f"{outcome.signal} changed by {outcome.change:+.4g} {outcome.unit} "
+                    f"({outcome.change_low:+.4g} to {outcome.change_high:+.4g}; {outcome.grade}); promised "
+                    f"{effect.change_low:+.4g} to {effect.change_high:+.4g}"
+                )
+            else:
+                kind, reason = LedgerEventKind.MEASURED_UNCLEAR, outcome
+            if kind is not LedgerEventKind.MEASURED_UNCLEAR or is_last:
+                book.add(LedgerEvent(recommendation_id=entry.recommendation.id, at=now, kind=kind, reason=reason))
+
+    def _effect(
+        self, connection: duckdb.DuckDBPyConnection, entry: LedgerEntry, applied_at: datetime, now: datetime
+    ) -> RealizedEffect | str:
+        targets = self._targets(entry)
+        if entry.recommendation.effects[0].signal == "gpus_held":
+            return self._freed(entry, len(targets), now)
+        changed, alone = read_changed_targets(connection, targets, applied_at, now)
+        # A change that no page and no restart shows reached all of them, as far as we know.
+        changed = changed or targets
+        others = [target for target in alone if target not in changed]
+        span = now - applied_at
+        rows = read_effect_rows(
+            connection,
+            entry.recommendation.effects[0].signal,
+            [*changed, *others],
+            changed,
+            applied_at - span - PERIOD,
+            now,
+        )
+        return measure_effect(entry.recommendation.id, entry.recommendation.effects[0].signal, rows, applied_at, now)
+
+    def _freed(self, entry: LedgerEntry, replicas: int, now: datetime) -> RealizedEffect | str:
+        """GPUs are counted, not estimated: the interval is a point."""
+        effect = entry.recommendation.effects[0]
+        deployment = next((d for d in self.fleet.deployments if d.name == entry.recommendation.subject.name), None)
+        if deployment is None:
+            return "fleet.yaml names the deployment no more"
+        change = replicas * deployment.gpus_per_replica - effect.before
+        price = price_of(deployment.gpu, deployment.price_usd_per_gpu_hour)
+        return RealizedEffect(
+            recommendation_id=entry.recommendation.id,
+            signal=effect.signal,
+            unit=effect.unit,
+            change=change,
+            change_low=change,
+            change_high=change,
+            level_ratio=LEVEL,
+            grade=Grade.BEFORE_AFTER,
+            periods_before=1,
+            periods_after=1,
+            replicas_changed=replicas,
+            replicas_unchanged=0,
+            adjusted_for=(),
+            measured_at=now,
+            usd_per_hour=None if price is None else -change * price.usd_per_gpu_hour,
+        )
+
+
+_NOT_APPLIED = frozenset({LedgerState.OPEN, LedgerState.PROPOSED, LedgerState.EXPIRED, LedgerState.SUPERSEDED})
+
+
+def _worst(facts: Sequence[GpuFacts]) -> GpuFacts:
+    """Of the hosts' GPUs those with the least memory free: what is proposed has to fit there too."""
+    return min(
+        facts, key=lambda one: (one.memory_free_min_bytes is None, one.memory_free_min_bytes), default=GpuFacts()
+    )

@@ -1,0 +1,211 @@
+"""Read what the rules and the ledger look at: windows of samples, configurations, GPUs, five-minute rows of effects.
+
+Here: the queries and the frames they give. Not here: what is made of them (`analysis.recommendations.measures`,
+`analysis.ledger.effect`) or where recommendations are kept (`resources.ledger.store`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import duckdb
+import polars as pl
+
+from optiinfra_pipelines.analysis.ledger.effect import PERIOD, SIGNALS, WARM_UP
+from optiinfra_pipelines.analysis.ledger.life import ConfigChange
+from optiinfra_pipelines.analysis.recommendations.context import GpuFacts
+from optiinfra_pipelines.analysis.recommendations.measures import HISTOGRAMS, SAMPLE_COLUMNS, Measures
+from optiinfra_pipelines.domain.findings import Finding
+
+
+@dataclass(frozen=True)
+class WindowRows:
+    """Everything of one window. settings: (target, config hash) -> what the page prints."""
+
+    samples: pl.DataFrame
+    histograms: pl.DataFrame
+    settings: Mapping[tuple[str, str], Mapping[str, str]]
+
+
+def read_window(connection: duckdb.DuckDBPyConnection, start: datetime, end: datetime) -> WindowRows:
+    """Rows scraped from `start` to `end`, both included."""
+    columns = ", ".join(f'"{name}"' for name in SAMPLE_COLUMNS)
+    samples = connection.sql(
+        f"select {columns} from stg_engine_samples where scraped_at between ? and ?", params=[start, end]
+    ).pl()
+    histograms = connection.sql(_HISTOGRAMS, params=[start, end]).pl()
+    return WindowRows(samples, histograms, read_settings(connection))
+
+
+def read_day(connection: duckdb.DuckDBPyConnection, start: datetime, end: datetime) -> dict[str, Measures]:
+    """The measures of a long window that the daily rules look at, from five-minute rows, by target.
+
+    A restart in it, or another configuration, makes the day no steady state.
+    """
+    rows = connection.execute(
+        """
+        select
+            target, any_value(engine), any_value(vantage), min(period_at), max(period_at),
+            arg_max(config_hash, period_at), count(distinct config_hash), sum(restart_count),
+            max(kv_cache_usage_max_ratio), max(requests_waiting_max), avg(requests_waiting_mean),
+            avg(requests_running_mean), count(*)
+        from fct_replica_load_5m where period_at >= ? and period_at < ? group by target
+        """,
+        [start, end],
+    ).fetchall()
+    found = {}
+    for target, engine, vantage, first, last, config_hash, hashes, restarts, kv, most, waiting, running, count in rows:
+        unusable = None
+        if restarts or hashes > 1:
+            unusable = "the engine restarted in the day" if restarts else "the configuration changed in the day"
+        found[target] = Measures(
+            target=target,
+            engine=engine,
+            vantage=vantage,
+            window_start=first,
+            window_end=last,
+            config_hash=config_hash,
+            ranks=1,
+            unusable=unusable,
+            values={
+                # Periods that were seen, not the span: an hour without samples is an hour not looked at.
+                "window_seconds": count * PERIOD.total_seconds(),
+                "kv_usage_max_ratio": kv,
+                "waiting_max": most,
+                "waiting_mean": waiting,
+                "running_mean": running,
+            },
+        )
+    return found
+
+
+def read_settings(connection: duckdb.DuckDBPyConnection) -> dict[tuple[str, str], dict[str, str]]:
+    """(target, config hash) -> settings as the page prints them, of every configuration ever seen."""
+    rows = connection.execute("select target, config_hash, settings from stg_engine_configs").fetchall()
+    return {(target, config_hash): dict(settings) for target, config_hash, settings in rows}
+
+
+def read_versions(connection: duckdb.DuckDBPyConnection) -> dict[str, str]:
+    """Target -> engine version, of those whose page told one."""
+    rows = connection.execute(
+        "select target, arg_max(engine_version, first_seen_at) from stg_engine_configs "
+        "where engine_version is not null group by target"
+    ).fetchall()
+    return dict(rows)
+
+
+def read_changes(connection: duckdb.DuckDBPyConnection, since: datetime, until: datetime) -> list[ConfigChange]:
+    """Changes of configuration, first sights left out; one a target and moment, whatever its ranks."""
+    rows = connection.execute(
+        "select target, changed_at, any_value(previous_config_hash), any_value(config_hash) from int_config_changes "
+        "where changed_at > ? and changed_at <= ? and previous_config_hash is not null "
+        "group by target, changed_at order by changed_at, target",
+        [since, until],
+    ).fetchall()
+    return [ConfigChange(*row) for row in rows]
+
+
+def read_findings(connection: duckdb.DuckDBPyConnection, start: datetime, end: datetime) -> list[Finding]:
+    """Findings that held at some moment of a window; none where findings are not kept."""
+    try:
+        rows = connection.execute(
+            "select document from findings where since <= ? and last_seen_at >= ? order by since, id", [end, start]
+        ).fetchall()
+    except duckdb.CatalogException:
+        return []
+    return [Finding.model_validate_json(document) for (document,) in rows]
+
+
+def read_gpus(connection: duckdb.DuckDBPyConnection, start: datetime, end: datetime) -> dict[str, GpuFacts]:
+    """Host -> its GPUs in a window: the least free, the busiest; names only where they are all one."""
+    rows = connection.execute(
+        """
+        select
+            host, case when count(distinct name) = 1 then any_value(name) end, min(memory_total_bytes),
+            min(memory_free_min_bytes), quantile_cont(dram_active_mean_ratio, 0.95),
+            quantile_cont(tensor_active_mean_ratio, 0.95), avg(power_mean_watts), min(power_limit_watts),
+            min(sm_clock_max_mhz)
+        from int_gpu_minutes
+        where minute_at >= ? and minute_at < ? and mig_instance = ''
+        group by host
+        """,
+        [start, end],
+    ).fetchall()
+    return {host: GpuFacts(*facts) for host, *facts in rows}
+
+
+def read_effect_rows(
+    connection: duckdb.DuckDBPyConnection,
+    signal: str,
+    targets: Sequence[str],
+    changed: Sequence[str],
+    start: datetime,
+    end: datetime,
+) -> pl.DataFrame:
+    """Five-minute rows of a signal for `measure_effect`; no rows for a signal that is not measured."""
+    source = SIGNALS.get(signal)
+    if source is None:
+        return pl.DataFrame(schema=_EFFECT_SCHEMA)
+    over = f"s.{source.column} / nullif(s.{source.per}, 0)" if source.per else f"s.{source.column}"
+    table = "fct_latency_5m" if source.metric else "fct_replica_load_5m"
+    metric = f" and s.metric = '{source.metric}'" if source.metric else ""
+    frame: pl.DataFrame = connection.sql(
+        f"""
+        select
+            l.target, l.period_at, list_contains($changed, l.target) as is_changed, ({over})::double as value,
+            l.requests_per_second, l.prompt_tokens / nullif(l.requests_finished, 0) as prompt_tokens_per_request,
+            l.generation_tokens / nullif(l.requests_finished, 0) as generation_tokens_per_request
+        from fct_replica_load_5m l
+        inner join {table} s on s.target = l.target and s.period_at = l.period_at{metric}
+        where list_contains($targets, l.target) and l.period_at >= $start and l.period_at < $end
+            and (l.restart_count = 0 or l.restart_count is null)
+        """,
+        params={"changed": list(changed), "targets": list(targets), "start": start, "end": end},
+    ).pl()
+    return frame
+
+
+def read_changed_targets(
+    connection: duckdb.DuckDBPyConnection, targets: Sequence[str], applied_at: datetime, until: datetime
+) -> tuple[list[str], list[str]]:
+    """Of `targets`: those changed (or restarted) within the warm-up after `applied_at`, and those left alone since.
+
+    One that changed later belongs to neither.
+    """
+    rows = connection.execute(
+        "select target, min(touched_at) from ("
+        "select target, changed_at as touched_at from int_config_changes where previous_config_hash is not null "
+        "union all select target, period_at from fct_replica_load_5m where restart_count > 0) "
+        "where touched_at > $1 and touched_at <= $2 and list_contains($3, target) group by target",
+        [applied_at - PERIOD - timedelta(seconds=1), until, list(targets)],
+    ).fetchall()
+    touched = dict(rows)
+    changed = [target for target in targets if target in touched and touched[target] <= applied_at + WARM_UP]
+    return changed, [target for target in targets if target not in touched]
+
+
+_EFFECT_SCHEMA: dict[str, type[pl.DataType] | pl.DataType] = {
+    "target": pl.String,
+    "period_at": pl.Datetime("us", "UTC"),
+    "is_changed": pl.Boolean,
+    "value": pl.Float64,
+    "requests_per_second": pl.Float64,
+    "prompt_tokens_per_request": pl.Float64,
+    "generation_tokens_per_request": pl.Float64,
+}
+_METRICS = ", ".join(f"'{name}'" for name in HISTOGRAMS)
+# First and last state of each histogram in a window.
+_HISTOGRAMS = f"""
+    select
+        h.target, h.engine_rank, h.metric, any_value(b.upper_bounds) as upper_bounds,
+        arg_min(h.bucket_counts, h.scraped_at) as first_counts,
+        arg_max(h.bucket_counts, h.scraped_at) as last_counts,
+        arg_min(h.sum_value, h.scraped_at) as first_sum, arg_max(h.sum_value, h.scraped_at) as last_sum,
+        arg_min(h.count_value, h.scraped_at) as first_count, arg_max(h.count_value, h.scraped_at) as last_count
+    from stg_engine_histograms h
+    left join stg_histogram_bounds b using (bounds_id)
+    where h.scraped_at between ? and ? and h.metric in ({_METRICS}) and h.vantage = 'engine'
+    group by h.target, h.engine_rank, h.metric, h.bounds_id
+"""

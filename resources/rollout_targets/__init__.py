@@ -1,5 +1,0 @@
-"""Targets of rollouts. `base` has the protocol; each other module is one target."""
-
-from resources.rollout_targets.base import Actual, RolloutTarget, StaleTokenError, TargetError
-
-__all__ = ["Actual", "RolloutTarget", "StaleTokenError", "TargetError"]

@@ -1,0 +1,279 @@
+"""Everything rollouts are done with in one process: the store, the targets of a fleet, executors, and people's moves.
+
+`Rollouts` is what jobs and sensors hold. It decides nothing: who may do what is `rollout.gate`, what may follow what
+is `rollout.machine`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import polars as pl
+
+from optiinfra_pipelines.domain.fleet import Fleet, Target
+from optiinfra_pipelines.domain.rollout_policy import HaproxyServer, HaproxySettings, RolloutPolicy
+from optiinfra_pipelines.domain.rollouts import NEEDS_QUALITY_GATE, PauseReason, Proposal, Rollout, RolloutState
+from optiinfra_pipelines.rollout import gate
+from optiinfra_pipelines.rollout.machine import Input
+from optiinfra_pipelines.rollout.proposal import faults
+from optiinfra_pipelines.rollout.quality import read_prompts
+from resources.rollouts.clock import Clock, Moment, now_here
+from resources.rollouts.deadman import Capsule, spawn
+from resources.rollouts.executor import Executor
+from resources.rollouts.feed import ScrapeFeed
+from resources.rollouts.history import Read, StableHistory
+from resources.rollouts.local_launcher import LocalLauncher
+from resources.rollouts.ports import Feed, Staging
+from resources.rollouts.rehearsal import RehearsalClock, SimulatedFeed, SimulatedStaging
+from resources.rollouts.staging import HttpStaging
+from resources.rollouts.store import RolloutError, RolloutStore
+from resources.rollouts.targets import RolloutTarget
+from resources.rollouts.targets.dry_run import DryRunTarget
+from resources.rollouts.targets.haproxy import HaproxyTarget
+from resources.scrape.breaker import Policy
+from resources.scrape.engine_scraper import EngineScraper
+from resources.scrape.metrics_endpoint import MetricsEndpoints
+
+STORE_FILE = "rollouts.sqlite"
+_NEVER = 1_000_000
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one rollout is executed with."""
+
+    target: RolloutTarget
+    feed: Feed
+    staging: Staging
+
+
+@dataclass(frozen=True)
+class Pace:
+    """The clock and the wait of one execution: real, or running ahead in a rehearsal."""
+
+    clock: Clock
+    sleep: Callable[[float], None]
+
+
+class Rollouts:
+    """Rollouts of one fleet. root: folder of their state, made when first written to.
+
+    read_history: SQL on the warehouse, for margins and stakes from the stable replicas' past; None: none is kept.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        policy: RolloutPolicy,
+        root: Path,
+        *,
+        environ: Mapping[str, str],
+        clock: Clock = now_here,
+        read_history: Read | None = None,
+    ) -> None:
+        self.fleet = fleet
+        self.policy = policy
+        self.root = Path(root)
+        self.clock = clock
+        self.store = RolloutStore(self.root / STORE_FILE, policy.lease_seconds)
+        self._environ = environ
+        self._read_history = read_history
+
+    def all(self) -> list[Rollout]:
+        """Every rollout, oldest first; none, without touching the disk, where none was ever proposed."""
+        return self.store.all() if self.store.path.exists() else []
+
+    # --- parts ---------------------------------------------------------------------------------------
+
+    def parts(self, row: Rollout) -> Parts:
+        """Target, counts and staging of a rollout. RolloutError when its target is not available here."""
+        settings = self.policy.of(row.deployment)
+        if row.proposal.target == "dry_run":
+            dry = DryRunTarget(row.deployment, settings.dry_run, self.root / "dry_run")
+            return Parts(dry, SimulatedFeed(dry, settings.dry_run), SimulatedStaging())
+        if row.proposal.target == "haproxy" and settings.haproxy is not None:
+            return self._haproxy(row, settings.haproxy, settings.quality_prompts)
+        raise RolloutError(f"target {row.proposal.target} of rollout {row.rollout_id} is not available here")
+
+    def _haproxy(self, row: Rollout, settings: HaproxySettings, quality_prompts: str | None) -> Parts:
+        folder = self.root / "haproxy"
+        launcher = LocalLauncher(folder / "replicas")
+        target = HaproxyTarget(settings, folder, launcher)
+        # No breaker: a rollout asks a handful of servers, and one that comes up must be seen at the next look.
+        endpoints = MetricsEndpoints(policy=Policy(failures_to_open=_NEVER))
+        servers = {
+            one.server: Target(name=one.server, url=one.metrics) for one in (*settings.stable, *settings.candidates)
+        }
+        scraper = EngineScraper(Fleet(targets=tuple(servers.values())), endpoints)
+
+        def scrape(wanted: Sequence[HaproxyServer], at: datetime) -> Mapping[str, pl.DataFrame]:
+            return scraper.frames_of(endpoints.scrape([servers[one.server] for one in wanted], at))
+
+        is_alive = launcher.is_alive if settings.launch is not None else lambda _: None
+        named = {target.url: target.name for target in self.fleet.targets}
+        stored = [named[one.metrics] for one in target.stable_servers if one.metrics in named]
+        history = None
+        if self._read_history is not None and stored:
+            history = StableHistory(self._read_history, stored, self.fleet.cadence.collect_seconds)
+        signals = row.proposal.plan.latency_signals
+        feed = ScrapeFeed(target, scrape, signals, is_alive, self.policy.look_seconds, history)
+        model = next((one.model for one in self.fleet.deployments if one.name == row.deployment), row.deployment)
+        prompts = read_prompts(Path(quality_prompts).read_text(encoding="utf-8")) if quality_prompts else []
+        needs_prompts = row.proposal.change.knob_group in NEEDS_QUALITY_GATE
+        staging = HttpStaging(target, model=model, prompts=prompts if needs_prompts else ())
+        return Parts(target, feed, staging)
+
+    def target(self, row: Rollout) -> RolloutTarget:
+        """What a rollout acts on."""
+        return self.parts(row).target
+
+    def executor(self, rollout_id: str, owner: str, run_id: str | None = None) -> Executor:
+        """A new executor; nothing is touched before its `begin`."""
+        parts = self.parts(self.store.get(rollout_id))
+        return Executor(
+            self.store,
+            rollout_id,
+            owner=owner,
+            target=parts.target,
+            feed=parts.feed,
+            staging=parts.staging,
+            policy=self.policy,
+            stamp=self.clock,
+            run_id=run_id,
+        )
+
+    def guard(self, executor: Executor) -> None:
+        """Start the process that outlives an executor with a real target. A rehearsal needs none."""
+        row = self.store.get(executor.rollout_id)
+        haproxy = self.policy.of(row.deployment).haproxy
+        if executor.target.is_simulated or haproxy is None:
+            return
+        spawn(
+            Capsule(
+                store=str(self.store.path),
+                folder=str(self.root / "haproxy"),
+                rollout_id=row.rollout_id,
+                token=executor.token,
+                lease_seconds=self.policy.lease_seconds,
+                haproxy=haproxy,
+            )
+        )
+
+    def pace(self, target: RolloutTarget) -> Pace:
+        """Real time, or a rehearsal's."""
+        if not target.is_simulated:
+            return Pace(self.clock, time.sleep)
+        rehearsal = RehearsalClock(self.clock())
+        return Pace(rehearsal, rehearsal.sleep)
+
+    # --- people's moves --------------------------------------------------------------------------------
+
+    def propose(self, proposal: Proposal, run_id: str | None = None) -> Rollout:
+        """Enter a proposal. RolloutError with every fault and its remedy."""
+        found = faults(proposal, self.policy)
+        known = [deployment.name for deployment in self.fleet.deployments]
+        if proposal.target != "dry_run" and proposal.change.deployment not in known:
+            listed = ", ".join(known) or "none"
+            found.append(f"fleet.yaml has no deployment {proposal.change.deployment}; these are: {listed}")
+        if found:
+            raise RolloutError(f"the proposal is not fit: {'; '.join(found)}")
+        return self.store.propose(proposal, self.clock(), run_id)
+
+    def approve(
+        self, rollout_id: str, approver: str, stated_hash: str, comment: str, code: str, run_id: str | None
+    ) -> Rollout:
+        """One person's word for one exact proposal. RolloutError with the reason of a refusal, which is logged."""
+        row, now = self.store.get(rollout_id), self.clock()
+        refusal = gate.approval_refusal(
+            row,
+            approver=approver,
+            stated_hash=stated_hash,
+            code=code,
+            now=now.at,
+            policy=self.policy,
+            environ=self._environ,
+            others=[other for other in self.store.all() if other.rollout_id != rollout_id],
+        )
+        if refusal is not None:
+            self._refuse(row, approver, f"not approved: {refusal}", now, run_id)
+        approval = gate.approve(row, approver, now.at, self.policy, comment, code)
+        reason = comment or f"approved by {approver}"
+        return self.store.move(
+            row, Input.APPROVE, actor=approver, reason=reason, now=now, approval=approval, run_id=run_id
+        )
+
+    def reject(self, rollout_id: str, person: str, comment: str, run_id: str | None) -> Rollout:
+        """A proposal that is not to be carried out."""
+        return self._move(rollout_id, Input.REJECT, person, comment, run_id)
+
+    def pause(self, rollout_id: str, person: str, comment: str, run_id: str | None) -> Rollout:
+        """Hold a rollout where it is; its guards stay awake."""
+        return self._move(rollout_id, Input.PAUSE, person, comment, run_id, PauseReason.OPERATOR)
+
+    def resume(self, rollout_id: str, person: str, comment: str, run_id: str | None) -> Rollout:
+        """Go on: the step runs again from its start, with fresh counts."""
+        return self._move(rollout_id, Input.RESUME, person, comment, run_id)
+
+    def abort(self, rollout_id: str, person: str, comment: str, run_id: str | None) -> Rollout:
+        """End a rollout: withdrawn before its start, FAILED with traffic off at once after it. Always allowed."""
+        row = self._move(rollout_id, Input.ABORT, person, comment, run_id)
+        return self.take_back(row, person, run_id) if row.position.state is RolloutState.FAILED else row
+
+    def roll_back(self, rollout_id: str, person: str, comment: str, run_id: str | None) -> Rollout:
+        """Take a rollout back. A completed one becomes a new proposal with the flags exchanged, free of freezes."""
+        row = self.store.get(rollout_id)
+        if row.position.state is RolloutState.COMPLETED:
+            return self._propose_reverse(row, person, comment, run_id)
+        if row.position.state is RolloutState.FAILED:
+            return self.take_back(row, person, run_id)
+        return self.abort(rollout_id, person, comment, run_id)
+
+    def _propose_reverse(self, row: Rollout, person: str, comment: str, run_id: str | None) -> Rollout:
+        now = self.clock()
+        change, old = row.proposal.change, row.proposal
+        before = {**dict.fromkeys(change.proposed), **change.current}
+        reverse = old.model_copy(
+            update={
+                "rollout_id": f"{row.deployment}-{now.at:%Y%m%d-%H%M%S}-back",
+                "change": change.model_copy(update={"current": change.proposed, "proposed": before}),
+                "requester": person,
+                "reason": comment or f"takes back {row.rollout_id}",
+                "undoes": row.rollout_id,
+                "created_at": now.at,
+            }
+        )
+        return self.propose(reverse, run_id)
+
+    def take_back(self, row: Rollout, person: str, run_id: str | None) -> Rollout:
+        """Begin the way back of a failed rollout here and now, whoever executed it. One look; others follow."""
+        owner = f"{person}:{run_id or 'rollback'}"
+        self.store.fence(row.rollout_id, owner, self.clock(), f"{person} takes it back")
+        executor = self.executor(row.rollout_id, owner, run_id)
+        executor.begin(self.clock())
+        executor.step(self.clock())
+        return self.store.get(row.rollout_id)
+
+    def _move(
+        self,
+        rollout_id: str,
+        given: Input,
+        person: str,
+        comment: str,
+        run_id: str | None,
+        pause: PauseReason | None = None,
+    ) -> Rollout:
+        if not person.strip():
+            raise RolloutError("say who you are; the log keeps who did what")
+        row = self.store.get(rollout_id)
+        reason = comment or f"{given} by {person}"
+        return self.store.move(
+            row, given, actor=person.strip(), reason=reason, now=self.clock(), pause=pause, run_id=run_id
+        )
+
+    def _refuse(self, row: Rollout, actor: str, reason: str, now: Moment, run_id: str | None) -> None:
+        self.store.note(row.rollout_id, "refused", reason, actor=actor or "nobody", now=now, run_id=run_id)
+        raise RolloutError(f"rollout {row.rollout_id} is {reason}")

@@ -1,0 +1,223 @@
+"""Traffic of one HAProxy backend between stable and candidate servers, by weights through the runtime socket.
+
+Candidates are servers of the same backend that the configuration file starts at weight 0. After every change the
+state file is written too: without it a restart of HAProxy silently returns to the configured weights. Pools exchange
+their roles when a rollout completes; which is which is remembered beside the fencing token.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from optiinfra_pipelines.domain.rollout_policy import HaproxyServer, HaproxySettings
+from resources.rollouts.local_launcher import LauncherError, LocalLauncher
+from resources.rollouts.targets.base import Actual, TargetError, TokenFile
+from resources.rollouts.targets.haproxy_socket import RuntimeSocket, ServerStatus
+
+# HAProxy's weights are whole and end at 256.
+MAX_WEIGHT = 256
+# It has drained before; what is left is the engine's own shutdown. Less than the lease, which waits for it.
+STOP_SECONDS = 15.0
+
+
+class HaproxyTarget:
+    """One backend. launcher: starts and stops local candidate processes; unused without `launch` in the settings."""
+
+    kind = "haproxy"
+    is_simulated = False
+
+    def __init__(self, settings: HaproxySettings, folder: Path, launcher: LocalLauncher) -> None:
+        self._settings = settings
+        self._socket = RuntimeSocket(settings.socket)
+        self._state = TokenFile(Path(folder) / f"{settings.backend}.haproxy.json")
+        self._launcher = launcher
+        self.drain_seconds = settings.drain_seconds
+
+    # --- roles ---------------------------------------------------------------------------------------
+
+    @property
+    def stable_servers(self) -> tuple[HaproxyServer, ...]:
+        """The servers that serve now: those of the settings until a rollout completed, then its candidates."""
+        return self._settings.candidates if self._are_swapped() else self._settings.stable
+
+    @property
+    def candidate_servers(self) -> tuple[HaproxyServer, ...]:
+        """The servers that a candidate may use."""
+        return self._settings.stable if self._are_swapped() else self._settings.candidates
+
+    def started_servers(self) -> tuple[HaproxyServer, ...]:
+        """The candidates that the rollout has started so far."""
+        count = int(self._state.read().get("started", 0))
+        return self.candidate_servers[:count]
+
+    def _are_swapped(self) -> bool:
+        return bool(self._state.read().get("are_swapped", False))
+
+    # --- reading ---------------------------------------------------------------------------------------
+
+    def observe(self) -> Actual:
+        """Shares by the weights in force, whether or not a server is up: what was set, not what a crash made of it."""
+        servers = self._socket.servers(self._settings.backend)
+        candidates, stable = self._of(self.candidate_servers, servers), self._of(self.stable_servers, servers)
+        total = sum(server.weight for server in (*candidates, *stable))
+        ours = sum(server.weight for server in candidates)
+        detail: dict[str, Any] = {
+            "weights": {server.server: server.weight for server in (*candidates, *stable)},
+            "status": {server.server: server.status for server in (*candidates, *stable)},
+        }
+        percent = 100 * ours / total if total else 0.0
+        # What something else starts and stops is not ours to count.
+        is_ours = self._settings.launch is not None
+        running = sum(self._launcher.is_alive(one.server) for one in self.candidate_servers) if is_ours else None
+        up = sum(1 for server in stable if server.is_up)
+        return Actual(percent, running, up, sum(server.in_flight for server in candidates), detail)
+
+    def stable_replicas(self) -> int:
+        return len(self.stable_servers)
+
+    def candidate_slots(self) -> int:
+        return len(self.candidate_servers)
+
+    def gateway_counts(self) -> dict[str, ServerStatus]:
+        """HAProxy's own counters by server: what clients saw, also of a replica that is gone."""
+        return self._socket.servers(self._settings.backend)
+
+    # --- acting ----------------------------------------------------------------------------------------
+
+    def claim(self, rollout_id: str, token: int) -> None:
+        backend = self._settings.backend
+        with self._state.held(token) as state:
+            if state.get("rollout_id") == rollout_id:
+                return
+            taken = [one.server for one in self.candidate_servers if self._socket.weight(backend, one.server)[0]]
+            if taken:
+                raise TargetError(f"{', '.join(taken)} of {backend} have traffic already; set their weight to 0 first")
+            weights = {one.server: self._socket.weight(backend, one.server)[0] for one in self.stable_servers}
+            if not any(weights.values()):
+                raise TargetError(f"all stable servers of {backend} have weight 0; give them their weights first")
+            state.update(rollout_id=rollout_id, stable_weights=weights, started=0)
+
+    def start_candidates(self, count: int, flags: Mapping[str, str], token: int) -> None:
+        servers = self.candidate_servers[:count]
+        if len(servers) < count:
+            raise TargetError(f"{count} candidates, but the backend has {len(servers)} servers for them")
+        with self._state.held(token) as state:
+            state["started"] = count
+            for server in servers:
+                if self._settings.launch is not None:
+                    try:
+                        self._launcher.start(server.server, self._settings.launch, server.url, flags)
+                    except LauncherError as error:
+                        raise TargetError(str(error)) from error
+                # Weight 0 keeps requests away; `ready` ends the drain of an earlier rollout.
+                self._socket.set_state(self._settings.backend, server.server, "ready")
+            self._keep()
+
+    def set_share(self, percent: float, token: int) -> None:
+        with self._state.held(token) as state:
+            original = {name: int(weight) for name, weight in state.get("stable_weights", {}).items()}
+            wanted = self._weights(percent, original)
+            present = self._socket.servers(self._settings.backend)
+            # Up before down: at no moment is every weight 0, and a share falls or rises without overshooting.
+            changes = sorted(wanted.items(), key=lambda item: item[1] < present[item[0]].weight)
+            for name, weight in changes:
+                self._socket.set_weight(self._settings.backend, name, weight)
+            self._keep()
+
+    def drain(self, token: int) -> bool:
+        with self._state.held(token):
+            for server in self.candidate_servers:
+                self._socket.set_state(self._settings.backend, server.server, "drain")
+            self._keep()
+        servers = self._socket.servers(self._settings.backend)
+        return not any(server.in_flight for server in self._of(self.candidate_servers, servers))
+
+    def stop_candidates(self, token: int) -> None:
+        with self._state.held(token) as state:
+            state["started"] = 0
+            self._stop(self.candidate_servers)
+
+    def promote(self, rollout_id: str, token: int) -> bool:
+        with self._state.held(token) as state:
+            if state.get("promoted") == rollout_id:
+                return True
+            backend = self._settings.backend
+            old = self.stable_servers
+            for server in old:
+                self._socket.set_weight(backend, server.server, 0)
+                self._socket.set_state(backend, server.server, "drain")
+            servers = self._socket.servers(backend)
+            in_flight = sum(server.in_flight for server in self._of(old, servers))
+            if in_flight:
+                return False
+            self._stop(old)
+            weights = {one.server: self._socket.weight(backend, one.server)[0] for one in self.candidate_servers}
+            state.update(promoted=rollout_id, are_swapped=not state.get("are_swapped", False), stable_weights=weights)
+            self._keep()
+            return True
+
+    # --- parts -----------------------------------------------------------------------------------------
+
+    def _weights(self, percent: float, original: Mapping[str, int]) -> dict[str, int]:
+        """Weight of every server for a share; the stable ones keep their proportions."""
+        candidates = [server.server for server in self.candidate_servers]
+        if percent <= 0:
+            return {**original, **dict.fromkeys(candidates, 0)}
+        started = [server.server for server in self.started_servers()]
+        ready = [name for name in started if self._is_running(name)]
+        if not ready:
+            raise TargetError("no candidate runs; nothing can take a share")
+        rest = dict.fromkeys([name for name in candidates if name not in ready], 0)
+        if percent >= 100:
+            return {**dict.fromkeys(original, 0), **rest, **dict.fromkeys(ready, MAX_WEIGHT // 2)}
+        stable, weight = closest_weights(percent, original, len(ready))
+        return {**stable, **rest, **dict.fromkeys(ready, weight)}
+
+    def _is_running(self, name: str) -> bool:
+        if self._settings.launch is not None:
+            return self._launcher.is_alive(name)
+        return self._socket.servers(self._settings.backend)[name].is_up
+
+    def _stop(self, servers: Iterable[HaproxyServer]) -> None:
+        for server in servers:
+            self._launcher.stop(server.server, STOP_SECONDS)
+
+    def _of(self, wanted: Iterable[HaproxyServer], servers: Mapping[str, ServerStatus]) -> list[ServerStatus]:
+        missing = [one.server for one in wanted if one.server not in servers]
+        if missing:
+            raise TargetError(f"backend {self._settings.backend} of HAProxy has no server {', '.join(missing)}")
+        return [servers[one.server] for one in wanted]
+
+    def _keep(self) -> None:
+        """Write the state file whole or not at all."""
+        path = Path(self._settings.state_file)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            temporary.write_text(self._socket.state_dump(), encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            raise TargetError(f"HAProxy's state file {path} cannot be written: {error}") from error
+
+
+def closest_weights(percent: float, original: Mapping[str, int], candidates: int) -> tuple[dict[str, int], int]:
+    """Stable weights and the candidates' weight that come nearest to a share (0 < percent < 100).
+
+    The stable ones keep the proportions of `original`. TargetError when whole weights cannot express the share.
+    """
+    highest = max(original.values())
+    best: tuple[float, dict[str, int], int] | None = None
+    for scale in range(1, MAX_WEIGHT + 1):
+        stable = {name: max(1, round(weight * scale / highest)) if weight else 0 for name, weight in original.items()}
+        total = sum(stable.values())
+        weight = round(percent * total / ((100 - percent) * candidates))
+        if not 1 <= weight <= MAX_WEIGHT:
+            continue
+        error = abs(100 * weight * candidates / (weight * candidates + total) - percent)
+        if best is None or error < best[0]:
+            best = (error, stable, weight)
+    if best is None:
+        raise TargetError(f"{percent:g} % cannot be expressed in weights of 1 to {MAX_WEIGHT}; choose a larger share")
+    return best[1], best[2]

@@ -1,0 +1,306 @@
+"""The ledger in a real warehouse: history and live refreshes fill it alike, and what was applied is measured."""
+
+from __future__ import annotations
+
+import shutil
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import dagster as dg
+import numpy as np
+import polars as pl
+import pytest
+
+from optiinfra_pipelines.defs.recommendations import recommendation_assets
+from optiinfra_pipelines.domain.fleet import Deployment, Fleet, Target
+from optiinfra_pipelines.domain.recommendations import LedgerEvent, LedgerEventKind, LedgerState
+from optiinfra_pipelines.sql.loader import load_models
+from optiinfra_pipelines.sql.sources import raw_tables
+from resources.findings.waste import WasteStore
+from resources.ledger.store import LedgerStore
+from resources.model_runner import ModelRunner
+from resources.warehouse import Warehouse
+
+START = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+CHANGED_AT = START + timedelta(minutes=62)
+END = START + timedelta(minutes=140)
+SLOTS = 16
+FLEET = Fleet(
+    targets=tuple(Target(name=f"r{n}", url=f"http://127.0.0.1:{n + 1}/metrics", deployment="chat") for n in range(4)),
+    deployments=(Deployment(name="chat", model="my-model", gpu="H100-80GB-SXM", gpus_per_replica=1),),
+)
+
+
+# The models that the ledger reads, and those they are made from, in the order of the loader.
+READ = (
+    "int_scrape_minutes",
+    "int_engine_minutes",
+    "int_latency_minutes",
+    "int_config_changes",
+    "int_gpu_minutes",
+    "fct_replica_load_5m",
+    "fct_latency_5m",
+    "int_host_minutes",
+    "fct_replica_load_1h",
+    "fct_gpu_utilization_5m",
+    "fct_gpu_utilization_1h",
+    "fct_host_utilization_5m",
+    "fct_host_utilization_1h",
+    "fct_scrape_health",
+    "dim_targets",
+    "fct_utilization_trends",
+)
+
+
+class Clock:
+    """A clock that stands where the test puts it."""
+
+    def __init__(self, now: datetime) -> None:
+        self.now = now
+
+    def __call__(self) -> datetime:
+        return self.now
+
+
+def history() -> dict[str, pl.DataFrame]:
+    """Two hours of four vLLM replicas behind 16 slots with 40 waiting at 20 % KV; r0 and r1 get 32 slots after 62
+    minutes, with a restart, and 18 fewer wait there from then on."""
+    rng = np.random.default_rng(7)
+    samples: list[dict[str, object]] = []
+    scrapes: list[dict[str, object]] = []
+    for i in range(int((END - START) / timedelta(seconds=20)) + 1):
+        at = START + timedelta(seconds=20 * i)
+        for n in range(4):
+            is_changed = n < 2 and at >= CHANGED_AT
+            begun = CHANGED_AT - timedelta(seconds=40) if is_changed else START - timedelta(hours=5)
+            life = (at - begun).total_seconds()
+            noise = float(rng.normal(0, 1))
+            common = {"scraped_at": at, "target": f"r{n}", "engine": "vllm", "vantage": "engine"}
+            samples.append(
+                common
+                | {
+                    "engine_rank": "0",
+                    "process_started_at": begun,
+                    "config_hash": "c0",
+                    "requests_running": SLOTS * (2.0 if is_changed else 1.0),
+                    "requests_waiting": 40.0 + noise - (18.0 if is_changed else 0.0),
+                    "kv_cache_usage_ratio": 0.4 if is_changed else 0.2,
+                    "requests_finished_total": 2.0 * life,
+                    "prompt_tokens_total": 800.0 * life,
+                    "generation_tokens_total": 200.0 * life,
+                    "preemptions_total": 0.0,
+                }
+            )
+            scrapes.append(
+                common | {"deployment": "chat", "source": "live", "is_up": True, "process_started_at": begun}
+            )
+    config: dict[str, object] = {
+        "first_seen_at": START,
+        "engine_rank": "0",
+        "config_hash": "c0",
+        "engine": "vllm",
+        "settings": [{"key": "block_size", "value": "16"}],
+    }
+    return {
+        "raw_engine_samples": raw_tables()["raw_engine_samples"].frame(samples),
+        "raw_scrapes": raw_tables()["raw_scrapes"].frame(scrapes),
+        "raw_engine_configs": raw_tables()["raw_engine_configs"].frame(
+            [config | {"target": f"r{n}"} for n in range(4)]
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A state directory with the history and every model refreshed."""
+    root = tmp_path_factory.mktemp("ledger") / "warehouse"
+    warehouse = Warehouse(root, clock=Clock(END))
+    warehouse.append("history", history())
+    models = load_models()
+    runner = ModelRunner(models, warehouse, Clock(END))
+    for name in models:
+        if name.startswith("stg_") or name in READ:
+            runner.refresh(models[name])
+    return root
+
+
+def store(recorded: Path, folder: Path, clock: Clock) -> LedgerStore:
+    shutil.copytree(recorded, folder)
+    return LedgerStore(FLEET, Warehouse(folder, clock=clock), clock)
+
+
+def tables(folder: Path) -> dict[str, list[tuple[object, ...]]]:
+    """Every row of the ledger's tables."""
+    warehouse = Warehouse(folder, clock=Clock(END))
+    names = (
+        "recommendations",
+        "recommendation_evidence",
+        "recommendation_ledger",
+        "recommendation_effects",
+        "recommendation_abstentions",
+        "fct_recommendation_accuracy",
+        "recommendation_progress",
+    )
+    return {name: warehouse.read(f"select * from {name} order by all").rows() for name in names}
+
+
+def test_an_advised_raise_is_opened_applied_and_verified_against_the_unchanged_replicas(
+    recorded: Path, tmp_path: Path
+) -> None:
+    """The whole life from rows alone: seen in two windows, applied when 32 run, verified an hour after: -18 waiting."""
+    ledger = store(recorded, tmp_path / "one", Clock(END))
+
+    derived = ledger.refresh()
+
+    [entry] = ledger.entries()
+    assert derived.opened == (entry.recommendation,)
+    assert entry.recommendation.made_at == START + timedelta(minutes=10)
+    assert entry.recommendation.change_text.startswith("--max-num-seqs 16 -> --max-num-seqs 32")
+    assert entry.state is LedgerState.VERIFIED
+    assert entry.applied_at == START + timedelta(minutes=65)
+    [row] = Warehouse(tmp_path / "one", clock=Clock(END)).read("select * from recommendation_effects").to_dicts()
+    assert row["change_low"] < -18 < row["change_high"] < 0
+    assert row["grade"].startswith("concurrent")
+    everything = next(one for one in ledger.accuracy() if one.kind == "all")
+    assert (everything.n, everything.right_sign_share_ratio, everything.coverage_share_ratio) == (1, 1.0, 1.0)
+    assert everything.says == "too few to say how accurate: 1 of 20 measured changes"
+
+
+def test_a_replay_fills_the_ledger_as_live_refreshes_did(recorded: Path, tmp_path: Path) -> None:
+    """One look at the end, or one every 23 minutes: the same rows in every table, to the last column."""
+    store(recorded, tmp_path / "once", Clock(END)).refresh()
+    clock = Clock(START)
+    live = store(recorded, tmp_path / "live", clock)
+    while clock.now < END:
+        clock.now = min(END, clock.now + timedelta(minutes=23))
+        live.refresh()
+
+    assert tables(tmp_path / "live") == tables(tmp_path / "once")
+
+
+def test_a_second_refresh_at_the_same_time_changes_nothing(recorded: Path, tmp_path: Path) -> None:
+    """Looking again is no event."""
+    ledger = store(recorded, tmp_path / "one", Clock(END))
+    ledger.refresh()
+    before = tables(tmp_path / "one")
+
+    assert ledger.refresh().windows == 0
+    assert tables(tmp_path / "one") == before
+
+
+def test_every_stored_evidence_query_gives_the_stored_value(recorded: Path, tmp_path: Path) -> None:
+    """The SQL beside each signal fetches it again from the same warehouse."""
+    store(recorded, tmp_path / "one", Clock(END)).refresh()
+    warehouse = Warehouse(tmp_path / "one", clock=Clock(END))
+    rows = warehouse.read("select value, sql from recommendation_evidence").rows()
+
+    assert len(rows) >= 4
+    for value, sql in rows:
+        assert warehouse.read(sql).item() == pytest.approx(value)
+
+
+def test_what_a_person_reports_moves_the_ledger_once(recorded: Path, tmp_path: Path) -> None:
+    """Applied by hand is taken over; told twice it is refused with a reason; an unknown id is an error."""
+    clock = Clock(START + timedelta(minutes=20))
+    ledger = store(recorded, tmp_path / "one", clock)
+    ledger.refresh()
+    [entry] = ledger.entries(LedgerState.OPEN)
+    told = LedgerEvent(
+        recommendation_id=entry.recommendation.id, at=clock.now, kind=LedgerEventKind.APPLIED, reason="by hand"
+    )
+
+    assert ledger.report(told).refusal is None
+    assert ledger.report(told).refusal is not None
+    assert [one.state for one in ledger.entries()] == [LedgerState.APPLIED]
+    with pytest.raises(ValueError, match="there is no recommendation"):
+        ledger.report(told.model_copy(update={"recommendation_id": "f" * 16}))
+
+
+def test_a_recommendation_becomes_the_change_of_a_rollout(recorded: Path, tmp_path: Path) -> None:
+    """find_change hands over the flags and the knob group; an unknown id says where to look."""
+    clock = Clock(START + timedelta(minutes=20))
+    ledger = store(recorded, tmp_path / "one", clock)
+    ledger.refresh()
+    [found] = ledger.open_recommendations()
+
+    change = ledger.find_change(found.id)
+
+    assert (change.deployment, change.current, change.proposed) == (
+        "chat",
+        {"max-num-seqs": "16"},
+        {"max-num-seqs": "32"},
+    )
+    with pytest.raises(ValueError, match="lists what there is"):
+        ledger.find_change("0" * 16)
+
+
+def test_a_quiet_day_frees_a_replica_at_its_end(tmp_path: Path) -> None:
+    """A whole UTC day at 30 % KV and nothing waiting: at midnight one of four replicas is handed to scaling."""
+    midnight = datetime(2026, 3, 2, tzinfo=UTC)
+    warehouse = Warehouse(tmp_path / "day", clock=Clock(midnight + timedelta(minutes=6)))
+    models = load_models()
+    runner = ModelRunner(models, warehouse, Clock(midnight))
+    for name in models:
+        if name.startswith("stg_") or name in READ:
+            runner.refresh(models[name])
+    common = {"engine": "vllm", "vantage": "engine", "config_hash": "c0"}
+    rows = [
+        common | {"target": f"r{n}", "period_at": midnight - timedelta(minutes=5 * i)}
+        for n in range(4)
+        for i in range(1, 289)
+    ]
+    last = common | {"engine_rank": "0", "scraped_at": midnight - timedelta(minutes=2), "target": "r0"}
+    warehouse.append("one", {"raw_engine_samples": raw_tables()["raw_engine_samples"].frame([last])})
+    with warehouse.connect() as connection:
+        connection.register("new_rows", pl.DataFrame(rows))
+        connection.execute(
+            "insert into fct_replica_load_5m by name select *, 0 as restart_count, 0.3 as kv_cache_usage_max_ratio, "
+            "0.0 as requests_waiting_max, 0.0 as requests_waiting_mean, 4.0 as requests_running_mean from new_rows"
+        )
+
+    LedgerStore(FLEET, warehouse, Clock(midnight + timedelta(minutes=6))).refresh()
+
+    [entry] = LedgerStore(FLEET, warehouse, Clock(midnight)).entries()
+    assert (entry.recommendation.rule, entry.recommendation.made_at) == ("replicas_down", midnight)
+    assert (entry.recommendation.current, entry.recommendation.proposed) == ({"replicas": "4"}, {"replicas": "3"})
+    assert entry.recommendation.usd_per_hour_change == pytest.approx(-3.0)
+    for signal in entry.recommendation.evidence:
+        assert warehouse.read(signal.sql()).item() == pytest.approx(signal.value)
+
+
+def test_an_empty_warehouse_has_no_recommendations(tmp_path: Path) -> None:
+    """Nothing collected yet: no windows, no rows, no error."""
+    warehouse = Warehouse(tmp_path / "empty", clock=Clock(END))
+    models = load_models()
+    runner = ModelRunner(models, warehouse, Clock(END))
+    for name in ("stg_engine_samples", "stg_engine_configs"):
+        runner.refresh(models[name])
+
+    derived = LedgerStore(FLEET, warehouse, Clock(END)).refresh()
+
+    assert (derived.windows, derived.opened, derived.standing) == (0, (), ())
+
+
+def test_the_assets_show_what_to_change_and_what_was_declined(recorded: Path, tmp_path: Path) -> None:
+    """One run of the real assets: the change with its flags, the reasons of the rest, waste without any GPU."""
+    clock = Clock(START + timedelta(minutes=20))
+    folder = tmp_path / "one"
+    ledger = store(recorded, folder, clock)
+    warehouse = Warehouse(folder, clock=clock)
+    assets = recommendation_assets(ledger, WasteStore(FLEET, warehouse, clock), 5, rollouts=lambda: ())
+
+    result = dg.materialize(assets)
+
+    assert result.success
+    shown = {
+        event.asset_key.to_user_string(): event.step_materialization_data.materialization.metadata
+        for event in result.get_asset_materialization_events()
+        if event.asset_key is not None
+    }
+    assert "`--max-num-seqs 16 -> --max-num-seqs 32" in str(shown["recommendations"]["recommendations"].value)
+    assert "too few to say" in str(shown["fct_recommendation_accuracy"]["accuracy"].value)
+    assert "unknown" in str(shown["recommendations"]["declined"].value)
+    assert shown["consolidation_plan"]["declined"].value == "no replica holds a GPU"
+    costs = warehouse.read("select deployment, gpu_hours, usd from fct_deployment_costs").to_dicts()
+    assert [cost["deployment"] for cost in costs] == ["chat"]
+    assert costs[0]["usd"] == pytest.approx(3.0 * costs[0]["gpu_hours"])

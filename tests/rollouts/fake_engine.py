@@ -1,0 +1,82 @@
+"""A small HTTP server with an engine's API and metrics names, for rollouts under real traffic. It is no engine.
+
+    python tests/rollouts/fake_engine.py --port 9001 [--max-num-seqs 64] [--latency-ms 20] [--error-ratio 0.0]
+
+Latencies are lognormal around --latency-ms; /metrics has vLLM's names. SIGTERM finishes what is in flight.
+"""
+
+import argparse
+import json
+import random
+import signal
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--port", type=int, required=True)
+    arguments.add_argument("--max-num-seqs", type=int, default=64)
+    arguments.add_argument("--latency-ms", type=float, default=20.0)
+    arguments.add_argument("--error-ratio", type=float, default=0.0)
+    given = arguments.parse_args()
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    labels = {"model_name": "tiny", "engine": "0"}
+    running = Gauge("vllm:num_requests_running", "Running.", list(labels), registry=registry).labels(**labels)
+    waiting = Gauge("vllm:num_requests_waiting", "Waiting.", list(labels), registry=registry).labels(**labels)
+    waiting.set(0)
+    Gauge("vllm:kv_cache_usage_perc", "KV.", list(labels), registry=registry).labels(**labels).set(0.1)
+    tokens = Counter("vllm:generation_tokens", "Tokens.", list(labels), registry=registry).labels(**labels)
+    done = Counter("vllm:request_success", "Done.", [*labels, "finished_reason"], registry=registry)
+    finished = done.labels(**labels, finished_reason="stop")
+    first = Histogram(
+        "vllm:time_to_first_token_seconds", "First token.", list(labels), registry=registry, buckets=BUCKETS
+    ).labels(**labels)
+    rng = random.Random(given.port)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.answer(200, generate_latest(registry) if self.path == "/metrics" else b"ok")
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            with running.track_inprogress():
+                seconds = given.latency_ms / 1000 * rng.lognormvariate(0, 0.5)
+                time.sleep(seconds)
+            if rng.random() < given.error_ratio:
+                self.answer(500, b"{}")
+                return
+            first.observe(seconds)
+            tokens.inc(8)
+            finished.inc()
+            self.answer(200, json.dumps({"choices": [{"text": f"yes from {given.port}"}]}).encode())
+
+        def answer(self, status: int, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("X-Server", str(given.port))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+            return
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 256
+
+    server = Server(("127.0.0.1", given.port), Handler)
+    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
+    server.serve_forever(poll_interval=0.05)
+
+
+if __name__ == "__main__":
+    main()
