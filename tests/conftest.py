@@ -14,6 +14,9 @@ settings.register_profile("landing", derandomize=True, deadline=None)
 if os.environ.get("CI"):
     settings.load_profile("landing")
 
+# Files that share one run of the demo, and files that take a minute: those begin, so that neither worker ends alone.
+OF_THE_DEMO = {"test_demo.py", "test_readme.py"}
+LONG = ("test_house.py", "test_demo.py", "test_readme.py", "test_up.py", "test_jobs.py", "test_kills.py")
 OPTIINFRA = str(Path(sys.executable).parent / "optiinfra")
 
 
@@ -44,3 +47,11 @@ def demo_once(tmp_path_factory: pytest.TempPathFactory) -> DemoOnce:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return DemoOnce(done.stdout, home / "demo")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two workers take whole files, the long ones first: what a file shares is made once."""
+    for item in items:
+        group = "demo" if item.path.name in OF_THE_DEMO else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))

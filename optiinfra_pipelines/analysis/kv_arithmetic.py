@@ -2,7 +2,7 @@
 
 Pure arithmetic, exact to the token: the sizes agree with what vLLM prints and exposes (`kv_cache_size_tokens`). A
 model whose shape is not known has no size here, and the error says what to provide. What memory is worth is
-`kv_cache_sizing`, what to change is `rules`.
+`kv_cache.sizing`, what to change is `recommendations.rules`.
 """
 
 from __future__ import annotations

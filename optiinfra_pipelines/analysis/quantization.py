@@ -1,7 +1,7 @@
 """What storing weights in fewer bits frees, on which GPUs it runs, and the quality gate it never goes without.
 
 Pure arithmetic and a table of hardware. Metrics cannot see that answers got worse, so every option carries its gate;
-whether memory is the problem at all is `rules`.
+whether memory is the problem at all is `recommendations.rules`.
 """
 
 from __future__ import annotations

@@ -225,7 +225,7 @@ def _id_of(chunk: str | int) -> int:
 
 
 def read_kv_events(data: bytes) -> pl.DataFrame:
-    """Recorded KV events, one {"seq": n, "batch": [timestamp, events, rank]} a line -> `kv_cache_events.EVENTS_SCHEMA`.
+    """Recorded KV events, one {"seq": n, "batch": [timestamp, events, rank]} a line -> `kv_cache.events.EVENTS_SCHEMA`.
 
     Token ids are dropped.
     """

@@ -1,6 +1,6 @@
 """Jobs that keep the house: move closed hours, apply retention, prune Dagster's storage, rebuild a past window.
 
-Names, config and schedules only; the work is `resources.warehouse`, `dagster_prune` and `model_runner`.
+Names, config and schedules only; the work is `resources.warehouse`, `dagster_home.prune` and `model_runner`.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Make each kind of advice once: read what is stored, ask the pure core, keep its rows.
 
 Here: which reading goes to which core, and the cache settings of a fleet as far as they are measured. Not here: the
-cores (`analysis.advise_*`), the queries (`load_history`), the tables (`advice_store`), when it happens (`defs`).
+cores (`rows` of each analysis package), the queries (`load_history`), the tables (`store`), when it happens (`defs`).
 """
 
 from __future__ import annotations

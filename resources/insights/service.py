@@ -1,7 +1,7 @@
 """One question to Groq through its SDK, bounded in time and bytes; what went wrong comes back as a value.
 
 Here: the client, the deadline over the whole exchange, what each failure means. Not here: what is asked, how often,
-and whether the answer may be used (`insight_writer`).
+and whether the answer may be used (`writer`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the insight writer remembers in the warehouse: insights by their evidence, tokens of a day, a pause.
 
-Here: three small tables and the day's budget. Not here: asking the service (`insight_writer`). No key, no prompt and
+Here: three small tables and the day's budget. Not here: asking the service (`writer`). No key, no prompt and
 no reply that was refused is ever stored.
 """
 

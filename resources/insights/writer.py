@@ -1,7 +1,7 @@
 """Write the insight of a moment: by the language model where it may and its text holds, else by the template.
 
 Here: when to ask, the day's budget, the 30 s over everything, the one retry with the faults named, and why a text was
-not used. Not here: the request itself (`insight_service`), what is remembered (`insight_store`), whether a text is
+not used. Not here: the request itself (`service`), what is remembered (`store`), whether a text is
 grounded (`analysis.insights.grounding`).
 """
 

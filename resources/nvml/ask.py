@@ -1,7 +1,7 @@
 """One guarded question to NVML: each value fails alone, and what a chip cannot tell is not asked again.
 
 Here: the meaning of NVML's return codes for collection (`ask`, `Ledger`). Not here: which calls there are
-(`device`, `nvml_processes`, `nvml_buffers`) and when they are made (`gpus`).
+(`device`, `processes`, `buffers`) and when they are made (`gpus`).
 
 Codes are compared as numbers: NVMLError has `__eq__` without `__hash__`, so it goes into no set and no dict.
 """

@@ -1,6 +1,6 @@
 """GPM: how busy the parts of a GPU (or of a MIG instance) were, as averages over the interval between two ticks.
 
-Here: keeping the last tick's sample, and the columns that come of it. Not here: the structures (`nvml_buffers`).
+Here: keeping the last tick's sample, and the columns that come of it. Not here: the structures (`buffers`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Fetch what a fleet report is made of, from the live warehouse or from the copy for people.
 
-Here: running `report_data.QUERIES`, and the claims that other assets have stored. A table that does not exist yet is
+Here: running `report.data.QUERIES`, and the claims that other assets have stored. A table that does not exist yet is
 None, so that a report can be had from the first minute on. Not here: what is made of it (`analysis.report.sections`).
 """
 

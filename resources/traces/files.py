@@ -1,7 +1,7 @@
 """Public trace files, however large, as a stream of frames: Mooncake, Azure, BurstGPT, LMCache lookups, ServeGen.
 
 Here: reading in pieces of whole lines, plain or gzip, and line numbers of the whole file in errors. What a line means
-is `optiinfra_pipelines.analysis.traces`; where the rows go is `trace_import`.
+is `optiinfra_pipelines.analysis.traces`; where the rows go is `importer`.
 """
 
 from __future__ import annotations

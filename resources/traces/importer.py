@@ -1,6 +1,6 @@
 """Import a public trace into a warehouse of its own, as if its load had been scraped: never into the live one.
 
-Here: the refusal, the rows, the models over them. Reading the files is `trace_files`; analysis runs on the result as
+Here: the refusal, the rows, the models over them. Reading the files is `files`; analysis runs on the result as
 on any other history. What is made: one target of one deployment, scraped once a minute, with its arrivals and tokens as
 counters (source `recorded`, vantage `frontend`), ending at `ends_at`; beside it the block ids of every request
 (`trace_accesses`) and the load of every client (`trace_clients`) where the format has them.

@@ -1,6 +1,6 @@
 """A real Prometheus server and this parser give the same verdict on thousands of damaged pages.
 
-Needs `prometheus` on PATH (any 2.x or 3.x); run with `pytest -m engine`. Each page is a target of its own: the server's
+Needs `prometheus` on PATH (2.x or 3.x); run `pytest -n 0 -m engine`. Each page is a target of its own: the server's
 `health` is its verdict, its stored samples are what it read. Differences must belong to a kind that `grammar` names.
 """
 

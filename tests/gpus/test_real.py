@@ -1,4 +1,4 @@
-"""What holds on every real NVIDIA GPU. Run where there is one: pytest -m engine tests/gpus/test_real.py"""
+"""What holds on every real NVIDIA GPU. Run where there is one: pytest -n 0 -m engine tests/gpus/test_real.py"""
 
 from __future__ import annotations
 

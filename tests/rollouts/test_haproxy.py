@@ -1,6 +1,6 @@
 """A real HAProxy with real traffic: weights, drains, restarts and rollbacks lose no request.
 
-apt-get update && apt-get install -y haproxy && pytest -m engine tests/rollouts/test_haproxy.py
+apt-get update && apt-get install -y haproxy && pytest -n 0 -m engine tests/rollouts/test_haproxy.py
 """
 
 import os

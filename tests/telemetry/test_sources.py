@@ -302,11 +302,11 @@ def test_a_server_that_never_answers_costs_its_deadline_once() -> None:
     """Two kinds of exporters behind a hung server: the second is not waited for."""
     hosts = [PrometheusHost("one", gpus=SeriesOf("Hostname", "g1"), node=SeriesOf("instance", "g1:9100"))]
     with socket.create_server(("127.0.0.1", 0)) as hung:
-        source = PrometheusTelemetry(f"http://127.0.0.1:{hung.getsockname()[1]}", hosts, deadline_seconds=0.3)
+        source = PrometheusTelemetry(f"http://127.0.0.1:{hung.getsockname()[1]}", hosts, deadline_seconds=1.0)
         started = time.monotonic()
         frames = source.collect(NOW)
 
-    assert time.monotonic() - started < 0.6
+    assert time.monotonic() - started < 2.0
     assert rows(frames, "raw_gpu_collections")[0]["status"] == "unreachable"
     assert rows(frames, "raw_host_collections")[0]["status"] == "unreachable"
 

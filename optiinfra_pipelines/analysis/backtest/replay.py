@@ -2,8 +2,8 @@
 
 Pure: frames and policies in, results out. A fluid queue in steps of at most 10 s (or of the record, if coarser): a
 replica ordered at t is paid from t and serves from t + cold start; a removed one is paid until it has drained and
-serves nothing meanwhile; replicas not yet ready are cancelled first. What each policy wants is `backtest_policies`;
-the manifest that sets it is `backtest_manifests`.
+serves nothing meanwhile; replicas not yet ready are cancelled first. What each policy wants is `policies`;
+the manifest that sets it is `manifests`.
 """
 
 from __future__ import annotations

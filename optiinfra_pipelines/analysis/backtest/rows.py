@@ -1,6 +1,6 @@
 """From a deployment's recorded load to rows of the back-test: which policies, tuned on what, judged on what.
 
-Pure. The replay is `backtest`, choosing parameters `backtest_tuning`, manifests `backtest_manifests`. Parameters are
+Pure. The replay is `backtest`, choosing parameters `tuning`, manifests `manifests`. Parameters are
 chosen on the first part of the window and judged on the rest, never on the same days.
 """
 

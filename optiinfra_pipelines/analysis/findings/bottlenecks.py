@@ -1,7 +1,7 @@
 """When one replica was short of KV memory or had work queued, for how long, and what the queue waited for.
 
 Pure: steps in, stretches of time out. Here: MEMORY_PRESSURE and QUEUE_BUILDUP as facts with their numbers. Not here:
-turning them into findings with evidence (`findings_load`), or which of two facts is the root (`findings`).
+turning them into findings with evidence (`load`), or which of two facts is the root (`findings`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Pure: time and every row enter as arguments. Order of causes: data that are not there rule out every other verdict; a
 restart stands by itself; then memory pressure, low throughput, queue, latency, cache. The first of these that holds is
-the root, the others of its time are named in it. Keeping findings over time is `findings_update`.
+the root, the others of its time are named in it. Keeping findings over time is `update`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which phase of a request spends its time, and whether an objective of latency is missed beyond chance.
 
 Pure. Shares come from sums over counts, which are exact; buckets are only asked at their edges. Here: numbers. Not
-here: error budgets and burn rates (`objectives`, `burn_rate`), findings (`findings_load`).
+here: error budgets and burn rates (`objectives`, `burn_rate`), findings (`load`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Forecast load series with a stated skill over persistence, and fall back to persistence where none is shown.
 
-Pure: frames in, frames out; the clock is the last row. Per series and horizon the candidates of `forecast_models` are
+Pure: frames in, frames out; the clock is the last row. Per series and horizon the candidates of `models` are
 scored on rolling origins of a validation stretch that they were not fitted on; the winner must beat persistence by
 more than its own uncertainty there. P10 and P90 are conformal: quantiles of actual / forecast on those same origins.
 Skill, coverage and the winner are columns, not claims. One fit serves all series of a call; refit when a day is new,

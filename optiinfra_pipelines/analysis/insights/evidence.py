@@ -2,7 +2,7 @@
 
 Pure. Text of the fleet is data: a name that does not look like a name is put in quotes and shortened, characters
 that could hide something become "?". A pack keeps to a size; what did not fit is said in words. The prompt made of it
-is `insights_prompt`, the check against it `insights_grounding`.
+is `prompt`, the check against it `grounding`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Pure. The check is closed: a text is read from end to end, and each piece must be (1) a name, flag, kind or whole
 sentence of the cited evidence, letter for letter, (2) a number that tells one of its facts, or one that its own
-sentence states (`insights_quantities`), (3) a plain word (`insights_words`), or (4) ordinary punctuation. Anything else
+sentence states (`quantities`), (3) a plain word (`words`), or (4) ordinary punctuation. Anything else
 is a fault, so that what nobody thought of is refused. What it cannot see: a plain-word claim that no number or name
 gives away; `_section_faults` narrows that by tying the summary to the worst finding and the first action to the first
 recommendation.

@@ -1,7 +1,7 @@
 """What a language model is asked: the rules, the evidence as JSON, and the shape of the reply.
 
 Pure. The evidence is one JSON document in ASCII: whatever a fleet's text holds, it stays inside a string. No tool is
-offered, so that there is nothing the model could start; what it writes counts only after `insights_grounding`.
+offered, so that there is nothing the model could start; what it writes counts only after `grounding`.
 """
 
 from __future__ import annotations

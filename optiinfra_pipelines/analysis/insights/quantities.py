@@ -2,7 +2,7 @@
 
 Pure. A number of a text tells a fact when, in one unit, it is the fact rounded to the digits that the text states, and
 that rounding moved it by at most MAX_ROUNDING. Nothing derived counts: no sums, no ratios of two facts, no "twice".
-Finding the numbers in a text is `insights_grounding`.
+Finding the numbers in a text is `grounding`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The narrative that needs no language model: the same shape, made of the evidence alone.
 
-Pure. Its text passes the same check as a model's (`insights_grounding`); a test holds that.
+Pure. Its text passes the same check as a model's (`grounding`); a test holds that.
 """
 
 from __future__ import annotations

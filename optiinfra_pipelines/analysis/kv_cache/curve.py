@@ -1,7 +1,7 @@
 """How many prompt tokens a prefix cache of a given size would have served: the reuse curve of a recorded workload.
 
-Pure: a frame of accesses in, a frame or noun out. Reading traces is `traces`, what memory pays is `kv_cache_sizing`,
-what KV events can tell is `kv_cache_events`, the inner loops are `kv_cache_stack`.
+Pure: a frame of accesses in, a frame or noun out. Reading traces is `traces`, what memory pays is `sizing`,
+what KV events can tell is `events`, the inner loops are `stack`.
 
 One definition throughout. All blocks of a request are looked up at its arrival and touched afterwards, tail first;
 the cache is LRU. Ratios come in three weights that differ by up to 22 points on one trace, so each is named: *block*

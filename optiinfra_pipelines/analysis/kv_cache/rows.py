@@ -1,6 +1,6 @@
 """From what is known of a workload's blocks to rows of the reuse curve and the cache advice.
 
-Pure. The curve is `kv_cache`, what memory pays is `kv_cache_sizing`; reading accesses and keeping rows is the work of
+Pure. The curve is `kv_cache`, what memory pays is `sizing`; reading accesses and keeping rows is the work of
 `resources` and `defs`.
 """
 

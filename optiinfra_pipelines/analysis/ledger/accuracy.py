@@ -1,6 +1,6 @@
 """How right recommendations have been, by kind and rule: shares with their intervals, and nothing said below n.
 
-Pure. What was measured is `ledger_effect`; the table is `fct_recommendation_accuracy`.
+Pure. What was measured is `effect`; the table is `fct_recommendation_accuracy`.
 """
 
 from __future__ import annotations

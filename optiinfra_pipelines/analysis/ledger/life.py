@@ -2,7 +2,7 @@
 
 Pure. Events in, entries out; the same events in the same order always give the same ledger, so that a replay of
 recorded history fills it as live data did. The table of states is `domain.recommendations`, measuring an effect is
-`ledger_effect`, storing is `resources.ledger.store`.
+`effect`, storing is `resources.ledger.store`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From measures to recommendations: which rule holds for which deployment, what it proposes, which one comes first.
 
 Pure. One knob group at a time for each subject, the largest expected effect per risk first; a rule that could apply
-and may not says why. Rules are `rules`, how far a knob turns is `rules_sizing*`, what became of earlier advice is
+and may not says why. Rules are `rules`, how far a knob turns is `sizing*`, what became of earlier advice is
 `ledger`.
 """
 

@@ -1,7 +1,7 @@
 """How far batching knobs are turned, and what that does: arithmetic with its steps shown.
 
 Each function takes a target's measures and its context and returns a Sized change or why there is none. Memory knobs
-are `rules_sizing_memory`, the rest is `rules_sizing_other`; which rule calls which function is `rules`.
+are `sizing_memory`, the rest is `sizing_other`; which rule calls which function is `rules`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How much more memory, fewer bytes or more GPUs give the KV cache, to the token, and what that ends.
 
-The same shape as `rules_sizing`. What is not known of the model or its GPUs makes a refusal that names it.
+The same shape as `sizing`. What is not known of the model or its GPUs makes a refusal that names it.
 """
 
 from __future__ import annotations

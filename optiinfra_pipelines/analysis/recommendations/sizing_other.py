@@ -1,6 +1,6 @@
 """How far replicas, caches, routing, clocks and serving processes are turned, and what that does.
 
-The same shape as `rules_sizing`. A change whose effect nothing here can bound is refused as such, not guessed.
+The same shape as `sizing`. A change whose effect nothing here can bound is refused as such, not guessed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a fleet report is made of, and the queries that fetch its tables.
 
-Pure: names, shapes, SQL. Running the queries is `resources.report.reader`; the document made of it `report_sections`.
+Pure: names, shapes, SQL. Running the queries is `resources.report.reader`; the document made of it `sections`.
 Frames a report cannot have (no such table yet) are None, which it says; an empty frame means that nothing was there.
 """
 

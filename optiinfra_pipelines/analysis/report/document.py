@@ -1,6 +1,6 @@
 """The parts a report is made of, before anyone decides whether it is HTML, markdown or a terminal.
 
-Nouns only. What is in them is `report_sections`; showing them `report_html`, `report_markdown` and `commands.report`.
+Nouns only. What is in them is `sections`; showing them `html`, `markdown` and `commands.report`.
 Texts are cleaned here and not escaped: that is each renderer's own, last step.
 """
 

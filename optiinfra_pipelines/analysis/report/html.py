@@ -1,6 +1,6 @@
 """A report as one HTML page that needs nothing else: no script, no font, no address outside it.
 
-Pure. Every text is escaped here, once, at the last step; only the SVG of `report_plots` goes in as it is. The page's
+Pure. Every text is escaped here, once, at the last step; only the SVG of `plots` goes in as it is. The page's
 own Content-Security-Policy forbids scripts and every request, should anything slip through all the same.
 """
 

@@ -1,7 +1,7 @@
 """Make the document of a report from its data: what burns, why, what to do, what it costs, what there is.
 
 Pure. A section always appears: with what it has, or saying that there was nothing, or that it has not been made yet.
-Findings and recommendations are `report_advice`; plots `report_plots`; showing the document the renderers'.
+Findings and recommendations are `advice`; plots `plots`; showing the document the renderers'.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Decide how many replicas a deployment needs to keep its objectives.
 
-Pure: a forecast, a capacity and the present state in, one decision out. Capacity is `scaling_capacity`, what a policy
+Pure: a forecast, a capacity and the present state in, one decision out. Capacity is `capacity`, what a policy
 would have cost is `backtest`; changing the fleet is a rollout's.
 """
 

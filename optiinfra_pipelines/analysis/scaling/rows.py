@@ -1,6 +1,6 @@
 """From stored minutes to rows of capacity and scaling advice: which minutes belong together, what is unknown and why.
 
-Pure. The fit is `scaling_capacity`, the decision is `scaling`; reading minutes and keeping rows is the work of
+Pure. The fit is `capacity`, the decision is `scaling`; reading minutes and keeping rows is the work of
 `resources` and `defs`.
 """
 
