@@ -76,9 +76,9 @@ def changed_flags(change: Change) -> tuple[str, ...]:
 
 
 def full_flags(change: Change) -> dict[str, str | None]:
-    """What the candidate runs with: the proposed flags over the current ones, absent ones left out."""
+    """What the candidate runs with: the proposed flags over the current ones; None for one that must not stand."""
     spelled = {plain(flag): (flag, value) for flag, value in (*change.current.items(), *change.proposed.items())}
-    return {flag: value for flag, value in spelled.values() if value is not None}
+    return dict(spelled.values())
 
 
 def _plan_faults(proposal: Proposal, policy: RolloutPolicy) -> list[str]:

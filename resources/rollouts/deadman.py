@@ -20,37 +20,40 @@ from pathlib import Path
 from pydantic import Field
 
 from optiinfra_pipelines.domain.fleet import Frozen
-from optiinfra_pipelines.domain.rollout_policy import HaproxySettings
-from optiinfra_pipelines.domain.rollouts import RolloutState
+from optiinfra_pipelines.domain.rollout_policy import DeploymentRollouts
+from optiinfra_pipelines.domain.rollouts import RolloutState, TargetKind
 from resources.rollouts.clock import Clock, now_here
-from resources.rollouts.local_launcher import LocalLauncher
 from resources.rollouts.store import WATCHDOG, RolloutError, RolloutStore
 from resources.rollouts.targets.base import RolloutTarget, TargetError
-from resources.rollouts.targets.haproxy import HaproxyTarget
+from resources.rollouts.targets.build import served_target
 
 # Two looks of the executor fit between two of ours; the lease itself gives 30 s.
 LOOK_SECONDS = 2.0
 
 
 class Capsule(Frozen):
-    """The way back of one rollout, on disk before its first change. token: of the executor that wrote it."""
+    """The way back of one rollout, on disk before its first change. token: of the executor that wrote it.
+
+    root: folder of the rollouts' state. settings: of the deployment; secrets are not in them, they are read from the
+    environment that the process inherits.
+    """
 
     store: str
-    folder: str
+    root: str
     rollout_id: str
     token: int
     lease_seconds: float = Field(gt=0)
-    haproxy: HaproxySettings
+    kind: TargetKind
+    settings: DeploymentRollouts
 
-    def target(self) -> HaproxyTarget:
+    def target(self) -> RolloutTarget:
         """The target to take traffic off."""
-        folder = Path(self.folder)
-        return HaproxyTarget(self.haproxy, folder, LocalLauncher(folder / "replicas"))
+        return served_target(self.kind, self.settings, Path(self.root))
 
 
 def spawn(capsule: Capsule) -> int:
     """Write the capsule and start the process; returns its pid. It ends by itself."""
-    path = Path(capsule.folder) / f"{capsule.rollout_id}.capsule.json"
+    path = Path(capsule.root) / capsule.kind / f"{capsule.rollout_id}.capsule.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(capsule.model_dump_json(), encoding="utf-8")
     process = subprocess.Popen(

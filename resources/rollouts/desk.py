@@ -15,7 +15,7 @@ from pathlib import Path
 import polars as pl
 
 from optiinfra_pipelines.domain.fleet import Fleet, Target
-from optiinfra_pipelines.domain.rollout_policy import HaproxyServer, HaproxySettings, RolloutPolicy
+from optiinfra_pipelines.domain.rollout_policy import DeploymentRollouts, RolloutPolicy
 from optiinfra_pipelines.domain.rollouts import NEEDS_QUALITY_GATE, PauseReason, Proposal, Rollout, RolloutState
 from optiinfra_pipelines.rollout import gate
 from optiinfra_pipelines.rollout.machine import Input
@@ -24,16 +24,16 @@ from optiinfra_pipelines.rollout.quality import read_prompts
 from resources.rollouts.clock import Clock, Moment, now_here
 from resources.rollouts.deadman import Capsule, spawn
 from resources.rollouts.executor import Executor
-from resources.rollouts.feed import ScrapeFeed
+from resources.rollouts.feed import ScrapeFeed, requests_in_flight
 from resources.rollouts.history import Read, StableHistory
-from resources.rollouts.local_launcher import LocalLauncher
 from resources.rollouts.ports import Feed, Staging
 from resources.rollouts.rehearsal import RehearsalClock, SimulatedFeed, SimulatedStaging
 from resources.rollouts.staging import HttpStaging
 from resources.rollouts.store import RolloutError, RolloutStore
-from resources.rollouts.targets import RolloutTarget
+from resources.rollouts.targets import RolloutTarget, TargetError
+from resources.rollouts.targets.base import Replica, ServedTarget
+from resources.rollouts.targets.build import served_target
 from resources.rollouts.targets.dry_run import DryRunTarget
-from resources.rollouts.targets.haproxy import HaproxyTarget
 from resources.scrape.breaker import Policy
 from resources.scrape.engine_scraper import EngineScraper
 from resources.scrape.metrics_endpoint import MetricsEndpoints
@@ -95,37 +95,47 @@ class Rollouts:
         if row.proposal.target == "dry_run":
             dry = DryRunTarget(row.deployment, settings.dry_run, self.root / "dry_run")
             return Parts(dry, SimulatedFeed(dry, settings.dry_run), SimulatedStaging())
-        if row.proposal.target == "haproxy" and settings.haproxy is not None:
-            return self._haproxy(row, settings.haproxy, settings.quality_prompts)
-        raise RolloutError(f"target {row.proposal.target} of rollout {row.rollout_id} is not available here")
+        try:
+            return self._served(row, settings)
+        except TargetError as error:
+            raise RolloutError(f"rollout {row.rollout_id} has no target: {error}") from error
 
-    def _haproxy(self, row: Rollout, settings: HaproxySettings, quality_prompts: str | None) -> Parts:
-        folder = self.root / "haproxy"
-        launcher = LocalLauncher(folder / "replicas")
-        target = HaproxyTarget(settings, folder, launcher)
+    def _served(self, row: Rollout, settings: DeploymentRollouts) -> Parts:
         # No breaker: a rollout asks a handful of servers, and one that comes up must be seen at the next look.
         endpoints = MetricsEndpoints(policy=Policy(failures_to_open=_NEVER))
-        servers = {
-            one.server: Target(name=one.server, url=one.metrics) for one in (*settings.stable, *settings.candidates)
-        }
-        scraper = EngineScraper(Fleet(targets=tuple(servers.values())), endpoints)
+        scraper = EngineScraper(Fleet(), endpoints)
 
-        def scrape(wanted: Sequence[HaproxyServer], at: datetime) -> Mapping[str, pl.DataFrame]:
-            return scraper.frames_of(endpoints.scrape([servers[one.server] for one in wanted], at))
+        def scrape(wanted: Sequence[Replica], at: datetime) -> Mapping[str, pl.DataFrame]:
+            asked = [Target(name=one.server, url=one.metrics) for one in wanted]
+            return scraper.frames_of(endpoints.scrape(asked, at))
 
-        is_alive = launcher.is_alive if settings.launch is not None else lambda _: None
-        named = {target.url: target.name for target in self.fleet.targets}
-        stored = [named[one.metrics] for one in target.stable_servers if one.metrics in named]
+        def in_flight(wanted: Sequence[Replica]) -> int | None:
+            return requests_in_flight(scrape(wanted, self.clock().at), wanted)
+
+        target = served_target(row.proposal.target, settings, self.root, in_flight)
+        stored = self._stored_targets(target)
         history = None
         if self._read_history is not None and stored:
             history = StableHistory(self._read_history, stored, self.fleet.cadence.collect_seconds)
         signals = row.proposal.plan.latency_signals
-        feed = ScrapeFeed(target, scrape, signals, is_alive, self.policy.look_seconds, history)
+        feed = ScrapeFeed(target, scrape, signals, self.policy.look_seconds, history)
         model = next((one.model for one in self.fleet.deployments if one.name == row.deployment), row.deployment)
-        prompts = read_prompts(Path(quality_prompts).read_text(encoding="utf-8")) if quality_prompts else []
+        file = settings.quality_prompts
+        prompts = read_prompts(Path(file).read_text(encoding="utf-8")) if file else []
         needs_prompts = row.proposal.change.knob_group in NEEDS_QUALITY_GATE
         staging = HttpStaging(target, model=model, prompts=prompts if needs_prompts else ())
         return Parts(target, feed, staging)
+
+    def _stored_targets(self, target: ServedTarget) -> list[str]:
+        """Targets of fleet.yaml whose stored history is that of the stable replicas."""
+        if self._read_history is None:
+            return []
+        named = {one.url: one.name for one in self.fleet.targets}
+        try:
+            return [named[one.metrics] for one in target.stable_arm() if one.metrics in named]
+        except TargetError:
+            # Making things safe must not wait for a list of replicas.
+            return []
 
     def target(self, row: Rollout) -> RolloutTarget:
         """What a rollout acts on."""
@@ -149,17 +159,17 @@ class Rollouts:
     def guard(self, executor: Executor) -> None:
         """Start the process that outlives an executor with a real target. A rehearsal needs none."""
         row = self.store.get(executor.rollout_id)
-        haproxy = self.policy.of(row.deployment).haproxy
-        if executor.target.is_simulated or haproxy is None:
+        if executor.target.is_simulated:
             return
         spawn(
             Capsule(
                 store=str(self.store.path),
-                folder=str(self.root / "haproxy"),
+                root=str(self.root),
                 rollout_id=row.rollout_id,
                 token=executor.token,
                 lease_seconds=self.policy.lease_seconds,
-                haproxy=haproxy,
+                kind=row.proposal.target,
+                settings=self.policy.of(row.deployment),
             )
         )
 

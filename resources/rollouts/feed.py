@@ -13,7 +13,6 @@ from typing import Any
 
 import polars as pl
 
-from optiinfra_pipelines.domain.rollout_policy import HaproxyServer
 from optiinfra_pipelines.domain.rollouts import RolloutPlan
 from optiinfra_pipelines.rollout.calibration import DEFAULT_STAKE, Calibration
 from optiinfra_pipelines.rollout.counts import Buckets, CountTracker, ProcessPage
@@ -23,7 +22,7 @@ from optiinfra_pipelines.rollout.planner import Traffic
 from resources.rollouts.clock import Moment
 from resources.rollouts.history import StableHistory, lowest
 from resources.rollouts.ports import Readings
-from resources.rollouts.targets.haproxy import HaproxyTarget
+from resources.rollouts.targets.base import Counted, Replica, ServedTarget
 
 # The margin's odds need a tail to count in; fewer requests make every edge a guess.
 MIN_REFERENCE_REQUESTS = 300
@@ -31,9 +30,8 @@ MIN_REFERENCE_REQUESTS = 300
 MIN_REFERENCE_SECONDS = 120.0
 _MINUTE = 60.0
 
-# Frames of the raw tables of these servers, targets named by server.
-Scrape = Callable[[Sequence[HaproxyServer], datetime], Mapping[str, pl.DataFrame]]
-IsAlive = Callable[[str], bool | None]
+# Frames of the raw tables of these replicas, targets named by server.
+Scrape = Callable[[Sequence[Replica], datetime], Mapping[str, pl.DataFrame]]
 
 
 @dataclass
@@ -46,27 +44,23 @@ class _Reference:
 
 
 class ScrapeFeed:
-    """Both arms of one HAProxy backend: the stable servers and the candidates that were started.
+    """Both arms of one target: the stable replicas and the candidates that were started.
 
-    is_alive: whether a candidate's process runs; None where that is not known here. signals: judged latencies.
-    history: the stable replicas' stored past; None where none is.
+    signals: judged latencies. history: the stable replicas' stored past; None where none is.
     """
-
-    counts_errors = True
 
     def __init__(
         self,
-        target: HaproxyTarget,
+        target: ServedTarget,
         scrape: Scrape,
         signals: tuple[str, ...],
-        is_alive: IsAlive,
         look_seconds: float,
         history: StableHistory | None = None,
     ) -> None:
         self._target = target
         self._scrape = scrape
         self._signals = signals
-        self._is_alive = is_alive
+        self.counts_errors = target.counts_errors
         self._look_seconds = look_seconds
         self._history = history
         self._bounds: dict[int, tuple[float, ...]] = {}
@@ -79,21 +73,20 @@ class ScrapeFeed:
         """Both arms' counters now. Asked twice within half a look, it answers the same."""
         if self._last is not None and 0 <= now.seconds - self._last[0] < self._look_seconds / 2:
             return self._last[1]
-        ours, theirs = self._target.started_servers(), self._target.stable_servers
+        ours, theirs = self._target.started_arm(), self._target.stable_arm()
         frames = self._scrape((*ours, *theirs), now.at)
-        pages = self._pages(frames)
         samples = {row["target"]: row for row in frames["raw_engine_samples"].iter_rows(named=True)}
         up = set(frames["raw_scrapes"].filter(pl.col("is_up"))["target"])
         candidates, stable = ([server.server for server in arm] for arm in (ours, theirs))
-        gateway = self._target.gateway_counts()
+        gateway = self._target.arm_counts()
+        pages = self._pages(frames, are_counted_here=gateway is None)
         arms = []
-        for names in (candidates, stable):
-            engines = [page for page in pages if page.process.split("/")[0] in names]
-            counted = [
-                ProcessPage(f"{name}@gateway", requests=gateway[name].requests, failed=gateway[name].failed)
-                for name in names
-            ]
-            arms.append((*engines, *counted))
+        for names, counted in (
+            (candidates, gateway.candidate if gateway is not None else {}),
+            (stable, gateway.stable if gateway is not None else {}),
+        ):
+            engines = [page for page in pages if page.process.rsplit("/", 1)[0] in names]
+            arms.append((*engines, *_gateway_pages(counted)))
         readings = Readings(
             arms[0],
             arms[1],
@@ -149,13 +142,14 @@ class ScrapeFeed:
         return ReplicaHealth(
             name,
             failed_probes=self._failed_probes[name],
-            is_process_alive=self._is_alive(name),
+            is_process_alive=self._target.is_alive(name),
             started_at=found.get("process_started_at"),
             kv_capacity_tokens=found.get("kv_cache_capacity_tokens"),
             waiting=found.get("requests_waiting"),
         )
 
-    def _pages(self, frames: Mapping[str, pl.DataFrame]) -> list[ProcessPage]:
+    def _pages(self, frames: Mapping[str, pl.DataFrame], *, are_counted_here: bool) -> list[ProcessPage]:
+        """One page per process. are_counted_here: no gateway counts requests, so that the engines' own counters do."""
         for row in frames["raw_histogram_bounds"].iter_rows(named=True):
             self._bounds[row["bounds_id"]] = tuple(row["upper_bounds"])
         histograms: dict[str, dict[str, Buckets]] = {}
@@ -170,6 +164,8 @@ class ScrapeFeed:
                 row["process_started_at"],
                 row["config_hash"],
                 histograms.get(f"{row['target']}/{row['engine_rank']}", {}),
+                requests=_requests(row) if are_counted_here else None,
+                failed=row["requests_failed_total"] if are_counted_here else None,
                 generation_tokens=row["generation_tokens_total"],
             )
             for row in frames["raw_engine_samples"].iter_rows(named=True)
@@ -185,6 +181,31 @@ class ScrapeFeed:
             self._reference.requests += delta.requests or 0
             for signal, buckets in delta.histograms.items():
                 _merge(self._reference.minutes.setdefault(signal, {}), minute, buckets)
+
+
+def requests_in_flight(frames: Mapping[str, pl.DataFrame], replicas: Sequence[Replica]) -> int | None:
+    """Requests in execution or queued at these replicas; None when one of them does not tell."""
+    samples = frames["raw_engine_samples"]
+    total = 0.0
+    for one in replicas:
+        rows = samples.filter(pl.col("target") == one.server)
+        running, waiting = rows["requests_running"].to_list(), rows["requests_waiting"].to_list()
+        if not running or None in running:
+            return None
+        total += sum(running) + sum(found or 0.0 for found in waiting)
+    return int(total)
+
+
+def _gateway_pages(counted: Mapping[str, Counted]) -> list[ProcessPage]:
+    return [
+        ProcessPage(f"{name}@gateway", requests=found.requests, failed=found.failed) for name, found in counted.items()
+    ]
+
+
+def _requests(row: Mapping[str, Any]) -> float | None:
+    """Requests that the engine ended, with an answer or an error; None when it does not count answers."""
+    finished: float | None = row["requests_finished_total"]
+    return None if finished is None else finished + (row["requests_failed_total"] or 0)
 
 
 def _merge(minutes: dict[int, Buckets], minute: int, buckets: Buckets) -> None:

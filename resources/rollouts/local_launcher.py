@@ -25,13 +25,15 @@ class LauncherError(Exception):
     """A process did not start or end. The text names it and says where its log is."""
 
 
-def command_line(launch: Sequence[str], url: str, flags: Mapping[str, str]) -> list[str]:
+def command_line(launch: Sequence[str], url: str, flags: Mapping[str, str | None]) -> list[str]:
     """The arguments of one replica: {port} and {url} filled in, {flags} replaced by one argument per flag and value."""
     line: list[str] = []
     port = urlsplit(url).port or 80
     for part in launch:
         if part == "{flags}":
             for flag, value in flags.items():
+                if value is None:
+                    continue
                 line += [f"--{flag.replace('_', '-')}", *([value] if value else [])]
         else:
             line.append(part.replace("{port}", str(port)).replace("{url}", url))
@@ -44,7 +46,7 @@ class LocalLauncher:
     def __init__(self, folder: Path) -> None:
         self._folder = Path(folder)
 
-    def start(self, name: str, launch: Sequence[str], url: str, flags: Mapping[str, str]) -> None:
+    def start(self, name: str, launch: Sequence[str], url: str, flags: Mapping[str, str | None]) -> None:
         """Start it, unless it runs already with the same command. LauncherError when it runs with another."""
         line = command_line(launch, url, flags)
         known = self._read(name)

@@ -316,7 +316,7 @@ def start_candidates(executor: Executor, row: Rollout, count: int) -> None:
     running = executor.target.observe().candidates
     if running is not None and running >= count:
         return
-    flags = {flag: value or "" for flag, value in full_flags(row.proposal.change).items()}
+    flags = full_flags(row.proposal.change)
     executor.act(
         f"have {count} candidate replicas run",
         lambda: executor.target.start_candidates(count, flags, executor.token),

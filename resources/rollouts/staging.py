@@ -17,11 +17,10 @@ from typing import Any
 
 import httpx
 
-from optiinfra_pipelines.domain.rollout_policy import HaproxyServer
 from optiinfra_pipelines.rollout.quality import Prompt, compare
 from resources.rollouts.clock import Moment
 from resources.rollouts.ports import StagingReport
-from resources.rollouts.targets.haproxy import HaproxyTarget
+from resources.rollouts.targets.base import Replica, ServedTarget, TargetError
 
 # A cold engine compiles its first step; a completion of a few tokens takes seconds at most.
 COMPLETION_SECONDS = 20.0
@@ -43,7 +42,7 @@ class HttpStaging:
 
     def __init__(
         self,
-        target: HaproxyTarget,
+        target: ServedTarget,
         *,
         model: str,
         prompts: Sequence[Prompt] = (),
@@ -61,7 +60,13 @@ class HttpStaging:
 
     def not_ready(self, now: Moment) -> str | None:
         """Why a started candidate cannot take traffic yet."""
-        for server in self._target.started_servers():
+        try:
+            missing, started = self._target.not_started(), self._target.started_arm()
+        except TargetError as error:
+            return str(error)
+        if missing is not None or not started:
+            return missing or "no candidate runs yet"
+        for server in started:
             why = self._why_not(server)
             if why is not None:
                 return f"{server.server}: {why}"
@@ -69,7 +74,14 @@ class HttpStaging:
 
     def test(self) -> StagingReport:
         """The same load to both arms, then the prompts of known answers, where there are any."""
-        candidate, stable = self._target.candidate_servers[0], self._target.stable_servers[0]
+        try:
+            ours_all, theirs_all = self._target.started_arm(), self._target.stable_arm()
+        except TargetError as error:
+            return StagingReport(False, f"the replicas cannot be found: {error}")
+        if not ours_all or not theirs_all:
+            missing = "candidate" if not ours_all else "stable replica"
+            return StagingReport(False, f"no {missing} is there to be tested")
+        candidate, stable = ours_all[0], theirs_all[0]
         ours, theirs = self._load(candidate), self._load(stable)
         failed, usual = sum(one.text is None for one in ours), sum(one.text is None for one in theirs)
         ratio = _median(ours) / max(_median(theirs), 1e-9)
@@ -95,7 +107,7 @@ class HttpStaging:
         reason = f"{len(ours)} requests, {failed} failed, median {ratio:.2f}x a stable replica's"
         return StagingReport(True, reason, evidence)
 
-    def _why_not(self, server: HaproxyServer) -> str | None:
+    def _why_not(self, server: Replica) -> str | None:
         try:
             status = self._client.get(server.url.rstrip("/") + self._health_path).status_code
         except httpx.HTTPError as error:
@@ -108,7 +120,7 @@ class HttpStaging:
             self._proven.add(server.server)
         return None
 
-    def _load(self, server: HaproxyServer) -> list[_Answer]:
+    def _load(self, server: Replica) -> list[_Answer]:
         rng = random.Random(_SEED)
         with ThreadPoolExecutor(max_workers=16) as pool:
             begun, at, futures = time.monotonic(), 0.0, []
@@ -119,7 +131,7 @@ class HttpStaging:
                 futures.append(pool.submit(self._ask, server, prompt, rng.randint(4, 32)))
             return [future.result() for future in futures]
 
-    def _ask(self, server: HaproxyServer, prompt: str, max_tokens: int) -> _Answer:
+    def _ask(self, server: Replica, prompt: str, max_tokens: int) -> _Answer:
         body = {"model": self._model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "seed": 0}
         begun = time.monotonic()
         try:

@@ -254,11 +254,12 @@ def test_a_dead_man_takes_traffic_off_when_the_executor_is_gone(gateway: Gateway
     target.set_share(50.0, executor.token)
     capsule = Capsule(
         store=str(made.store.path),
-        folder=str(made.root / "haproxy"),
+        root=str(made.root),
         rollout_id="chat-1",
         token=executor.token,
         lease_seconds=1.0,
-        haproxy=gateway.settings,
+        kind="haproxy",
+        settings=DeploymentRollouts(deployment="chat", haproxy=gateway.settings),
     )
     made.store.renew("chat-1", executor.token, now_here())
     begun_at = time.monotonic()

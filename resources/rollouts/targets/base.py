@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +40,51 @@ class Actual:
     detail: Mapping[str, Any] = field(default_factory=dict)
 
 
+# Of an engine's command line, without dashes: a value, "" for a flag without one, None for one that must not stand.
+Flags = Mapping[str, str | None]
+
+
+class Replica(Protocol):
+    """One serving process as staging and the counts ask it. server: its name, unique within the deployment."""
+
+    @property
+    def server(self) -> str: ...
+    @property
+    def url(self) -> str:
+        """Root of its API."""
+        ...
+
+    @property
+    def metrics(self) -> str:
+        """Its metrics page."""
+        ...
+
+
+@dataclass(frozen=True)
+class Address:
+    """A replica that a target found by itself."""
+
+    server: str
+    url: str
+    metrics: str
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a gateway counted for a replica or a whole arm since it started. failed: answers of 5xx and no answer."""
+
+    requests: int
+    failed: int
+
+
+@dataclass(frozen=True)
+class ArmCounts:
+    """The gateway's counts of both arms, by whatever it counts by."""
+
+    candidate: Mapping[str, Counted]
+    stable: Mapping[str, Counted]
+
+
 class RolloutTarget(Protocol):
     """One deployment's traffic and its candidate replicas. Every method may be repeated; all raise TargetError."""
 
@@ -65,7 +110,7 @@ class RolloutTarget(Protocol):
         """Record a token as the highest, and for a new rollout what must be restored: the way back comes first."""
         ...
 
-    def start_candidates(self, count: int, flags: Mapping[str, str], token: int) -> None:
+    def start_candidates(self, count: int, flags: Flags, token: int) -> None:
         """Have `count` candidates run with these flags, without traffic as long as the share is 0."""
         ...
 
@@ -83,6 +128,33 @@ class RolloutTarget(Protocol):
 
     def promote(self, rollout_id: str, token: int) -> bool:
         """Make the candidates the stable replicas, once for each rollout_id. False while the old ones still drain."""
+        ...
+
+
+class ServedTarget(RolloutTarget, Protocol):
+    """A target with real replicas, which staging and the counts ask one by one."""
+
+    # False: no gateway tells what clients saw, so that errors are judged only as far as engines count them.
+    counts_errors: bool
+
+    def started_arm(self) -> Sequence[Replica]:
+        """The candidates that the rollout has started so far."""
+        ...
+
+    def not_started(self) -> str | None:
+        """Why fewer candidates run than were started; None when all do, ready or not."""
+        ...
+
+    def stable_arm(self) -> Sequence[Replica]:
+        """The replicas that serve beside them."""
+        ...
+
+    def arm_counts(self) -> ArmCounts | None:
+        """The gateway's own counters: what clients saw, also of a replica that is gone. None: nobody counts."""
+        ...
+
+    def is_alive(self, server: str) -> bool | None:
+        """Whether a candidate's process runs as it was started; None where that is not known here."""
         ...
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from optiinfra_pipelines.domain.rollout_policy import DryRunSettings
-from resources.rollouts.targets.base import Actual, TokenFile
+from resources.rollouts.targets.base import Actual, Flags, TokenFile
 
 
 class DryRunTarget:
@@ -45,8 +45,10 @@ class DryRunTarget:
     def claim(self, rollout_id: str, token: int) -> None:
         self._do(token, {"rollout_id": rollout_id}, f"take the target with token {token}")
 
-    def start_candidates(self, count: int, flags: Mapping[str, str], token: int) -> None:
-        line = " ".join(f"--{flag}={value}" if value else f"--{flag}" for flag, value in flags.items())
+    def start_candidates(self, count: int, flags: Flags, token: int) -> None:
+        given = [f"--{flag}={value}" if value else f"--{flag}" for flag, value in flags.items() if value is not None]
+        left_out = [f"without --{flag}" for flag, value in flags.items() if value is None]
+        line = " ".join([*given, *left_out])
         self._do(token, {"candidates": count}, f"have {count} candidate replicas run with {line}")
 
     def set_share(self, percent: float, token: int) -> None:

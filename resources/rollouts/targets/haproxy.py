@@ -14,7 +14,7 @@ from typing import Any
 
 from optiinfra_pipelines.domain.rollout_policy import HaproxyServer, HaproxySettings
 from resources.rollouts.local_launcher import LauncherError, LocalLauncher
-from resources.rollouts.targets.base import Actual, TargetError, TokenFile
+from resources.rollouts.targets.base import Actual, ArmCounts, Counted, Flags, TargetError, TokenFile
 from resources.rollouts.targets.haproxy_socket import RuntimeSocket, ServerStatus
 
 # HAProxy's weights are whole and end at 256.
@@ -28,6 +28,7 @@ class HaproxyTarget:
 
     kind = "haproxy"
     is_simulated = False
+    counts_errors = True
 
     def __init__(self, settings: HaproxySettings, folder: Path, launcher: LocalLauncher) -> None:
         self._settings = settings
@@ -81,6 +82,26 @@ class HaproxyTarget:
     def candidate_slots(self) -> int:
         return len(self.candidate_servers)
 
+    def started_arm(self) -> tuple[HaproxyServer, ...]:
+        return self.started_servers()
+
+    def not_started(self) -> str | None:
+        return None
+
+    def stable_arm(self) -> tuple[HaproxyServer, ...]:
+        return self.stable_servers
+
+    def arm_counts(self) -> ArmCounts:
+        servers = self._socket.servers(self._settings.backend)
+
+        def counted(arm: Iterable[HaproxyServer]) -> dict[str, Counted]:
+            return {one.server: Counted(one.requests, one.failed) for one in self._of(arm, servers)}
+
+        return ArmCounts(counted(self.started_servers()), counted(self.stable_servers))
+
+    def is_alive(self, server: str) -> bool | None:
+        return self._launcher.is_alive(server) if self._settings.launch is not None else None
+
     def gateway_counts(self) -> dict[str, ServerStatus]:
         """HAProxy's own counters by server: what clients saw, also of a replica that is gone."""
         return self._socket.servers(self._settings.backend)
@@ -100,7 +121,7 @@ class HaproxyTarget:
                 raise TargetError(f"all stable servers of {backend} have weight 0; give them their weights first")
             state.update(rollout_id=rollout_id, stable_weights=weights, started=0)
 
-    def start_candidates(self, count: int, flags: Mapping[str, str], token: int) -> None:
+    def start_candidates(self, count: int, flags: Flags, token: int) -> None:
         servers = self.candidate_servers[:count]
         if len(servers) < count:
             raise TargetError(f"{count} candidates, but the backend has {len(servers)} servers for them")

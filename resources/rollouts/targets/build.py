@@ -1,0 +1,25 @@
+"""The target with real replicas that a deployment's settings describe, for executors and dead-man processes alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from optiinfra_pipelines.domain.rollout_policy import DeploymentRollouts
+from optiinfra_pipelines.domain.rollouts import TargetKind
+from resources.rollouts.local_launcher import LocalLauncher
+from resources.rollouts.targets.base import Replica, ServedTarget, TargetError
+from resources.rollouts.targets.haproxy import HaproxyTarget
+
+# Requests in flight at some replicas by their own pages; None: they do not tell.
+InFlight = Callable[[Sequence[Replica]], int | None]
+
+
+def served_target(
+    kind: TargetKind, settings: DeploymentRollouts, root: Path, in_flight: InFlight = lambda _: None
+) -> ServedTarget:
+    """Make it. root: folder of the rollouts' state. TargetError when the deployment has no settings of this kind."""
+    if kind == "haproxy" and settings.haproxy is not None:
+        folder = Path(root) / "haproxy"
+        return HaproxyTarget(settings.haproxy, folder, LocalLauncher(folder / "replicas"))
+    raise TargetError(f"deployment {settings.deployment} has no {kind} settings; describe it there, or use dry_run")
