@@ -227,7 +227,7 @@ def test_a_flag_may_be_unknown_when_it_is_alone_and_absent_when_it_is_removed() 
     assert change_faults(change) == []
     assert full_flags(change) == {"old": "1", "new": "2"}
     removed = change.model_copy(update={"proposed": {"old": None}})
-    assert full_flags(removed) == {"old": None}
+    assert full_flags(removed) == {"old": None, "new": None}
 
 
 @pytest.mark.parametrize("value", ["a\nb", "\x00", "x" * 401])
