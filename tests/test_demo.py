@@ -55,6 +55,31 @@ def test_the_findings_are_what_the_recordings_went_through(demo_once: DemoOnce) 
     } == found
 
 
+def test_each_trouble_that_a_flag_can_end_gets_the_change_to_try_first(demo_once: DemoOnce) -> None:
+    """Preemptions call for KV blocks, then a queue at 17 % KV for batch slots: one is open, on screen and stored."""
+    found = ask(
+        demo_once,
+        "select state, change_text, effect_signal, effect_low, effect_high from recommendations "
+        "where subject_name = 'chat-vllm' order by made_at",
+    )
+
+    [(before, blocks, ended, *_), (now, slots, relieved, low, high)] = found
+    assert (before, ended) == ("superseded", "preemptions_per_request")
+    assert str(blocks).startswith("--num-gpu-blocks-override 256 -> --num-gpu-blocks-override ")
+    assert (now, relieved) == ("open", "requests_waiting_mean")
+    assert str(slots).startswith("--max-num-seqs 16 -> --max-num-seqs 32")
+    assert isinstance(low, float)
+    assert isinstance(high, float)
+    assert low < high < 0
+    assert "What to change first" in demo_once.output
+    assert "--max-num-seqs 32" in (demo_once.home / "reports" / "fleet_report.html").read_text()
+
+
+def test_what_is_shortened_for_the_recordings_is_said(demo_once: DemoOnce) -> None:
+    """Recorded trouble lasts a minute: the demo judges one short window and says what is shipped."""
+    assert "as shipped it takes two of 300 s in a row" in demo_once.output
+
+
 def test_this_host_is_live_beside_the_recordings(demo_once: DemoOnce) -> None:
     """Its CPU share is known and is a share; no recording pretends to be live."""
     [(source, busy)] = ask(

@@ -113,6 +113,8 @@ FAULTS = {
     "deployments: [{name: a, model: m, objectives: [{kind: availability, target_ratio: 0.9, threshold_seconds: 1}]}]": (
         "threshold_seconds: means nothing for availability"
     ),
+    "deployments: [{name: a, model: m, shape: {layers: 32}}]": "shape: is not valid: Value error, gqa attention needs",
+    "deployments: [{name: a, model: m, shape: {layers: 3, kv_head: 1}}]": "shape.kv_head: unknown key; did you mean",
     "thresholds: {stale_after: 5}": "1:14: thresholds.stale_after: unknown threshold; did you mean 'stale_aft",
     "thresholds: {stale_after_seconds: 1}": "in s, without the unit, from 10 to 3600 (default 30); got '1'",
     "thresholds: {stale_after_seconds: 30s}": "got '30s'",

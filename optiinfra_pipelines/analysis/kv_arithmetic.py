@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
 
-from optiinfra_pipelines.domain.models import ModelShape, WeightDtype
+from optiinfra_pipelines.domain.fleet import ModelShape, WeightDtype
 
 # Bytes of one stored number. vLLM and SGLang: plain types. llama.cpp (-ctk/-ctv): blocks of 32 numbers with scales
 # (ggml-common.h: q8_0 34 bytes, q5_1 24, q5_0 22, q4_1 20, q4_0 18 for 32 numbers).

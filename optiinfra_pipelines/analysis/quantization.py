@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from optiinfra_pipelines.domain.fleet import Engine
-from optiinfra_pipelines.domain.models import ModelShape, WeightDtype
+from optiinfra_pipelines.domain.fleet import Engine, ModelShape, WeightDtype
 
 Format = Literal["fp8", "int8", "int4"]
 FORMATS: tuple[Format, ...] = ("fp8", "int8", "int4")

@@ -51,6 +51,14 @@ SUMMARY: dict[str, str] = {
         from findings
         order by since
     """,
+    "What to change first (and what the recordings called for before)": """
+        select subject_name as subject, source, state, change_text as change,
+               effect_signal || ' ' || printf('%+.3g', effect_low) || ' to ' || printf('%+.3g', effect_high)
+                   || ' from ' || printf('%.3g', effect_before) as "expected effect",
+               effect_basis as "obtained by", risk
+        from recommendations
+        order by state = 'open' desc, made_at
+    """,
     "Prefix cache": """
         select target, tier, sum(queried_tokens) as "tokens asked", sum(hit_tokens) as "tokens found",
                100 * sum(hit_tokens) / nullif(sum(queried_tokens), 0) as "hit %"

@@ -6,9 +6,9 @@ with file and line are `optiinfra_pipelines.settings`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, model_validator
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,62}$")]
 Engine = Literal[
@@ -17,6 +17,8 @@ Engine = Literal[
 Source = Literal["live", "recorded", "simulated"]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+WeightDtype = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4"]
 
 
 class Frozen(BaseModel):
@@ -59,11 +61,48 @@ class Objective(Frozen):
     window_days: Positive = 30.0
 
 
+class ModelShape(Frozen):
+    """The numbers of a model's config.json that decide its KV cache.
+
+    `gqa` (MHA is the case kv_heads = heads, MQA kv_heads = 1) keeps keys and values of every KV head; `mla` keeps one
+    compressed vector of kv_lora_rank + qk_rope_head_dim a token and layer. sliding_layers of the layers look back
+    sliding_window_tokens only.
+    """
+
+    attention: Literal["gqa", "mla"] = "gqa"
+    layers: Count
+    kv_heads: Count | None = None
+    head_dim: Count | None = None
+    value_head_dim: Count | None = Field(default=None, description="Where values are of another size than keys.")
+    kv_lora_rank: Count | None = None
+    qk_rope_head_dim: Count | None = None
+    sliding_layers: Annotated[int, Field(ge=0)] = 0
+    sliding_window_tokens: Count | None = None
+    dtype: WeightDtype = Field(default="bfloat16", description="Of the weights as published; KV 'auto' follows it.")
+    parameters: Positive | None = Field(default=None, description="Weights in all, embeddings included.")
+    max_position_tokens: Count | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        needed = {"gqa": ("kv_heads", "head_dim"), "mla": ("kv_lora_rank", "qk_rope_head_dim")}[self.attention]
+        missing = [name for name in needed if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"{self.attention} attention needs {', '.join(missing)}")
+        if self.sliding_layers > self.layers:
+            raise ValueError(f"{self.sliding_layers} sliding layers of {self.layers} layers")
+        if self.sliding_layers and self.sliding_window_tokens is None:
+            raise ValueError("sliding_layers need sliding_window_tokens")
+        return self
+
+
 class Deployment(Frozen):
     """Replicas that share a model and a configuration."""
 
     name: Name
     model: str
+    shape: ModelShape | None = Field(
+        default=None, description="From the model's config.json, where no published name tells it; sizes its KV cache."
+    )
     engine: Engine | None = None
     gpu: str | None = Field(default=None, description="GPU type, such as H100-80GB-SXM.")
     gpus_per_replica: Annotated[int, Field(ge=0)] = 0

@@ -1,6 +1,6 @@
-"""What the arithmetic of memory needs to know of a model: its attention, its layers, its weights; and known ones.
+"""The shapes of published models by name; fleet.yaml states that of any other (`domain.fleet.ModelShape`).
 
-Nouns and a table only. Bytes per token, cache sizes and reading a model's config.json are `analysis.kv_arithmetic`,
+A table only. Bytes per token, cache sizes and reading a model's config.json are `analysis.kv_arithmetic`,
 weights in other formats `analysis.quantization`.
 """
 
@@ -8,48 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
-
-from optiinfra_pipelines.domain.fleet import Frozen, Positive
-
-Count = Annotated[int, Field(ge=1)]
-WeightDtype = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4"]
-
-
-class ModelShape(Frozen):
-    """The numbers of a model's config.json that decide its KV cache.
-
-    `gqa` (MHA is the case kv_heads = heads, MQA kv_heads = 1) keeps keys and values of every KV head; `mla` keeps one
-    compressed vector of kv_lora_rank + qk_rope_head_dim a token and layer. sliding_layers of the layers look back
-    sliding_window_tokens only.
-    """
-
-    attention: Literal["gqa", "mla"] = "gqa"
-    layers: Count
-    kv_heads: Count | None = None
-    head_dim: Count | None = None
-    value_head_dim: Count | None = Field(default=None, description="Where values are of another size than keys.")
-    kv_lora_rank: Count | None = None
-    qk_rope_head_dim: Count | None = None
-    sliding_layers: Annotated[int, Field(ge=0)] = 0
-    sliding_window_tokens: Count | None = None
-    dtype: WeightDtype = Field(default="bfloat16", description="Of the weights as published; KV 'auto' follows it.")
-    parameters: Positive | None = Field(default=None, description="Weights in all, embeddings included.")
-    max_position_tokens: Count | None = None
-
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        needed = {"gqa": ("kv_heads", "head_dim"), "mla": ("kv_lora_rank", "qk_rope_head_dim")}[self.attention]
-        missing = [name for name in needed if getattr(self, name) is None]
-        if missing:
-            raise ValueError(f"{self.attention} attention needs {', '.join(missing)}")
-        if self.sliding_layers > self.layers:
-            raise ValueError(f"{self.sliding_layers} sliding layers of {self.layers} layers")
-        if self.sliding_layers and self.sliding_window_tokens is None:
-            raise ValueError("sliding_layers need sliding_window_tokens")
-        return self
+from optiinfra_pipelines.domain.fleet import ModelShape
 
 
 def _gqa(layers: int, kv_heads: int, head_dim: int, parameters: float, max_tokens: int) -> ModelShape:

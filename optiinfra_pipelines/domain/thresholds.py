@@ -311,9 +311,19 @@ ADVICE: tuple[Threshold, ...] = (
         unit="s",
         minimum=30.0,
         maximum=3_600.0,
-        reason="What the tuning rules look at; a change is advised when two windows in a row call for it, so that a "
-        "burst of minutes restarts no engine.",
-        source="vLLM's tuning advice is about sustained behavior; five minutes twice is our judgment.",
+        reason="What the tuning rules look at once: long enough to hold the requests that a share needs, short enough "
+        "to be about one state of the load. Shorten it only where the load itself is short, as in a recording.",
+        source="vLLM's tuning advice is about sustained behavior; five minutes is our judgment.",
+    ),
+    Threshold(
+        name="advice_windows",
+        default=2.0,
+        unit="windows",
+        minimum=1.0,
+        maximum=288.0,
+        reason="Windows in a row that must call for a change before it is advised: a burst of minutes restarts no "
+        "engine.",
+        source="Our judgment; ten minutes as shipped.",
     ),
 )
 

@@ -12,7 +12,13 @@ from pathlib import Path
 
 import yaml
 
+from optiinfra_pipelines.domain.fleet import ModelShape
 from resources.demo.replay import Recording, ReplayServer, load_recording
+
+# A recorded phase of trouble lasts about a minute, so as shipped (five minutes, twice) none would call for a change.
+SHORT_WINDOWS = {"advice_window_seconds": 30, "advice_windows": 1}
+# What the checkpoint behind the recordings of small-llama was made with.
+SMALL_LLAMA = ModelShape(layers=8, kv_heads=2, head_dim=64, dtype="bfloat16")
 
 RECORDINGS = Path(__file__).parents[2] / "tests" / "fixtures" / "recordings"
 
@@ -27,6 +33,8 @@ class Shown:
     folder: str
     phases: tuple[str, ...]
     truth: str
+    shape: ModelShape | None = None
+    engine: str | None = None
 
 
 SHOWN: tuple[Shown, ...] = (
@@ -44,6 +52,7 @@ SHOWN: tuple[Shown, ...] = (
             "06_drained_idle",
         ),
         "recording of a real vLLM 0.32 on CPU under real load",
+        SMALL_LLAMA,
     ),
     Shown(
         "llamacpp-recorded",
@@ -68,6 +77,8 @@ SHOWN: tuple[Shown, ...] = (
         "dynamo/1.6.1/frontend_kv_router_mocker",
         ("worker",),
         "recording of Dynamo's mocker: a simulated engine",
+        # The mocker schedules like vLLM and takes its flags.
+        engine="vllm",
     ),
     Shown(
         "sglang-recorded",
@@ -97,12 +108,22 @@ def write_demo_fleet(path: Path, server: ReplayServer, recordings: Sequence[Reco
         }
         for recording in recordings
     ]
-    models = {entry.deployment: entry.model for entry in SHOWN}
+    deployments: dict[str, dict[str, object]] = {}
+    for entry in SHOWN:
+        named = deployments.setdefault(entry.deployment, {"name": entry.deployment, "model": entry.model})
+        named.update(_known(entry))
     fleet = {
         "targets": targets,
-        "deployments": [{"name": name, "model": model} for name, model in models.items()],
+        "deployments": list(deployments.values()),
         "hosts": [{"name": "this-host", "local": True}],
+        "thresholds": SHORT_WINDOWS,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     header = "# Written by `optiinfra demo` at each start: recordings on loopback, and this host live.\n"
     path.write_text(header + yaml.safe_dump(fleet, sort_keys=False))
+
+
+def _known(entry: Shown) -> dict[str, object]:
+    """What fleet.yaml states of a deployment beside its name and model."""
+    shape = {"shape": entry.shape.model_dump(exclude_defaults=True)} if entry.shape else {}
+    return shape | ({"engine": entry.engine} if entry.engine else {})

@@ -22,8 +22,8 @@ from optiinfra_pipelines.analysis.recommendations.derive import Advice, Group, r
 from optiinfra_pipelines.analysis.recommendations.measures import Measures, measure_targets
 from optiinfra_pipelines.analysis.recommendations.rules import DAILY
 from optiinfra_pipelines.domain.findings import Subject
-from optiinfra_pipelines.domain.fleet import Deployment, Fleet, Target
-from optiinfra_pipelines.domain.models import ModelShape, known_model
+from optiinfra_pipelines.domain.fleet import Deployment, Fleet, ModelShape, Target
+from optiinfra_pipelines.domain.models import known_model
 from optiinfra_pipelines.domain.prices import price_of
 from optiinfra_pipelines.domain.recommendations import (
     ChangeKind,
@@ -49,8 +49,8 @@ from resources.ledger.windows import (
 )
 
 DAY = timedelta(days=1)
-# Subject and rule of each candidate of one window.
-Standing = frozenset[tuple[str, str]]
+# Subject and rule of each candidate of one window -> in how many windows up to it, in a row, it was one.
+Standing = Mapping[tuple[str, str], int]
 
 
 @dataclass
@@ -89,11 +89,11 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Deriver:
-    """Steps over windows. shapes: shapes of models by deployment, for those that no table knows."""
+    """Steps over windows. in_a_row: windows that a candidate must have stood in before it is opened."""
 
     fleet: Fleet
     window: timedelta
-    shapes: Mapping[str, ModelShape] = field(default_factory=dict)
+    in_a_row: int
 
     def windows(self, after: datetime, until: datetime) -> list[datetime]:
         """Ends of the closed windows of the grid after `after` and not after `until`."""
@@ -122,8 +122,7 @@ class Deriver:
     def step(self, connection: duckdb.DuckDBPyConnection, end: datetime, book: Ledger, standing: Standing) -> Standing:
         """One window: what was applied, what it did, what lapsed, what is advised.
 
-        standing: subject and rule of the candidates of the window before; only one that stood there too is opened.
-        Returns those of this window.
+        standing: what this returned for the window before; empty when that one was not looked at.
         """
         self._detect(connection, end, book)
         self._measure(connection, end, book)
@@ -131,12 +130,13 @@ class Deriver:
             book.add(event)
         advice, measures, groups = self.advise(connection, end, book)
         self._detect_seen(end, book, measures, groups)
-        lasting = [one for one in advice.candidates if (str(one.subject), one.rule) in standing]
-        book.look(lasting, end)
+        keys = [(str(one.subject), one.rule) for one in advice.candidates]
+        now = {key: standing.get(key, 0) + 1 for key in keys}
+        book.look([one for one, key in zip(advice.candidates, keys, strict=True) if now[key] >= self.in_a_row], end)
         book.abstentions = advice.abstentions
         if end.timestamp() % DAY.total_seconds() == 0:
             book.look(self._advise_day(connection, end, book).candidates, end)
-        return frozenset((str(one.subject), one.rule) for one in advice.candidates)
+        return now
 
     def _advise_day(self, connection: duckdb.DuckDBPyConnection, end: datetime, book: Ledger) -> Advice:
         """What the daily rules say of the UTC day that ends at `end`; its evidence is a day, so once is enough."""
@@ -173,7 +173,7 @@ class Deriver:
                 engine_version=next((versions[t.name] for t in targets if t.name in versions), None),
                 deployment=deployment,
                 replicas=max(1, sum(one.vantage == "engine" for one in seen)),
-                shape=self._shape(subject, deployment),
+                shape=_shape(deployment),
                 gpu=facts,
                 price=price_of(
                     (deployment.gpu if deployment else None) or facts.name,
@@ -184,10 +184,6 @@ class Deriver:
             names = tuple(target.name for target in targets)
             groups.append(Group(subject, names, context, source=targets[0].source))
         return groups
-
-    def _shape(self, subject: Subject, deployment: Deployment | None) -> ModelShape | None:
-        given = self.shapes.get(subject.name)
-        return given or (known_model(deployment.model) if deployment else None)
 
     def _targets(self, entry: LedgerEntry) -> list[str]:
         subject = entry.recommendation.subject
@@ -296,6 +292,11 @@ class Deriver:
 
 
 _NOT_APPLIED = frozenset({LedgerState.OPEN, LedgerState.PROPOSED, LedgerState.EXPIRED, LedgerState.SUPERSEDED})
+
+
+def _shape(deployment: Deployment | None) -> ModelShape | None:
+    """As fleet.yaml states it, else as published under the model's name."""
+    return (deployment.shape or known_model(deployment.model)) if deployment else None
 
 
 def _worst(facts: Sequence[GpuFacts]) -> GpuFacts:

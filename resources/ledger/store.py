@@ -14,7 +14,7 @@ Here: DDL, one refresh from reading to storing, what other parts ask and report.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -24,7 +24,6 @@ import duckdb
 from optiinfra_pipelines.analysis.ledger import life as ledger
 from optiinfra_pipelines.analysis.ledger.accuracy import accuracy
 from optiinfra_pipelines.domain.fleet import Fleet
-from optiinfra_pipelines.domain.models import ModelShape
 from optiinfra_pipelines.domain.recommendations import (
     FINAL,
     Accuracy,
@@ -89,22 +88,15 @@ class Derived:
 class LedgerStore:
     """Derive, keep and read recommendations. Opens the warehouse for each call only.
 
-    Rules look at windows of `advice_window_seconds`; a candidate must stand in two that follow each other. shapes:
-    deployment -> model shape (`kv_arithmetic.shape_from_config`), for models the table of published ones lacks.
+    Rules look at windows of `advice_window_seconds`; a candidate must stand in `advice_windows` of them in a row.
     """
 
-    def __init__(
-        self,
-        fleet: Fleet,
-        warehouse: Warehouse,
-        clock: Callable[[], datetime],
-        *,
-        shapes: Mapping[str, ModelShape] | None = None,
-    ) -> None:
+    def __init__(self, fleet: Fleet, warehouse: Warehouse, clock: Callable[[], datetime]) -> None:
         self._warehouse = warehouse
         self._clock = clock
-        seconds = threshold_values(fleet.thresholds)["advice_window_seconds"]
-        self._deriver = Deriver(fleet, timedelta(seconds=seconds), shapes or {})
+        values = threshold_values(fleet.thresholds)
+        window = timedelta(seconds=values["advice_window_seconds"])
+        self._deriver = Deriver(fleet, window, in_a_row=int(values["advice_windows"]))
 
     def refresh(self) -> Derived:
         """Look at every closed window since the last refresh, then count how right the advice has been."""
@@ -123,7 +115,7 @@ class LedgerStore:
                 book = _load(connection)
                 for end in part:
                     if until_before != end - self._deriver.window:
-                        standing = frozenset()
+                        standing = {}
                     standing = self._deriver.step(connection, end, book, standing)
                     until_before = end
                 _save(connection, book, (part[-1], standing))
@@ -199,9 +191,9 @@ class LedgerStore:
 def _progress(connection: duckdb.DuckDBPyConnection) -> tuple[datetime | None, Standing]:
     rows = connection.execute("select derived_until, standing from recommendation_progress").fetchall()
     if not rows:
-        return None, frozenset()
+        return None, {}
     [(until, standing)] = rows
-    return until, frozenset((subject, rule) for subject, rule in json.loads(standing))
+    return until, {(subject, rule): count for subject, rule, count in json.loads(standing)}
 
 
 def _first_sample(connection: duckdb.DuckDBPyConnection) -> datetime | None:
@@ -253,7 +245,8 @@ def _save(connection: duckdb.DuckDBPyConnection, book: Ledger, progress: tuple[d
             _insert(connection, "recommendation_abstentions", [_abstention_row(one) for one in book.abstentions])
             connection.execute("delete from recommendation_progress")
             connection.execute(
-                "insert into recommendation_progress values (?, ?)", [progress[0], json.dumps(sorted(progress[1]))]
+                "insert into recommendation_progress values (?, ?)",
+                [progress[0], json.dumps(sorted((*key, count) for key, count in progress[1].items()))],
             )
     except BaseException:
         connection.execute("rollback")

@@ -178,6 +178,23 @@ def test_a_replay_fills_the_ledger_as_live_refreshes_did(recorded: Path, tmp_pat
     assert tables(tmp_path / "live") == tables(tmp_path / "once")
 
 
+@pytest.mark.parametrize(("windows", "opened_after"), [(1, 5), (2, 10), (4, 20)])
+def test_a_change_is_advised_once_it_stood_in_so_many_windows_in_a_row(
+    recorded: Path, tmp_path: Path, windows: int, opened_after: int
+) -> None:
+    """advice_windows: one window of five minutes, two as shipped, four; whenever somebody looked."""
+    shutil.copytree(recorded, tmp_path / "one")
+    clock = Clock(START)
+    fleet = FLEET.model_copy(update={"thresholds": {"advice_windows": windows}})
+    ledger = LedgerStore(fleet, Warehouse(tmp_path / "one", clock=clock), clock)
+    while clock.now < START + timedelta(minutes=30):
+        clock.now += timedelta(minutes=7)
+        ledger.refresh()
+
+    [entry] = ledger.entries()
+    assert entry.recommendation.made_at == START + timedelta(minutes=opened_after)
+
+
 def test_a_second_refresh_at_the_same_time_changes_nothing(recorded: Path, tmp_path: Path) -> None:
     """Looking again is no event."""
     ledger = store(recorded, tmp_path / "one", Clock(END))

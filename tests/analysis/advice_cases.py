@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 
 import duckdb
@@ -13,9 +14,13 @@ from optiinfra_pipelines.analysis.recommendations.context import Context
 from optiinfra_pipelines.analysis.recommendations.derive import Advice, Group, recommend
 from optiinfra_pipelines.analysis.recommendations.measures import SAMPLE_COLUMNS, Measures, measure_targets
 from optiinfra_pipelines.domain.findings import Subject
+from optiinfra_pipelines.engines import normalize
+from optiinfra_pipelines.exposition import Reader
 from optiinfra_pipelines.sql.sources import raw_tables
+from resources.demo.replay import load_recording
 from resources.ledger.windows import read_window
-from tests.sql.harness import empty_warehouse, recordings, replay
+from tests.analysis.findings_recordings import RECORDINGS
+from tests.sql.harness import append_pages, empty_warehouse, recordings, replay
 
 VLLM = "vllm/0.32.0/small_llama_kv8k"
 START = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -33,6 +38,29 @@ def load(folders: Sequence[str | Path], target: str = "r1") -> tuple[duckdb.Duck
     connection = with_staging(empty_warehouse())
     pages = [page for folder in folders for page in (recordings() / folder).glob("*.prom")]
     return connection, replay(connection, pages, target)
+
+
+@cache
+def collect(phases: tuple[str, ...], target: str = "r1") -> tuple[duckdb.DuckDBPyConnection, dict[str, datetime]]:
+    """Phases of vLLM as a collector reads them every 5 s, the last page for a minute more; and each phase's end.
+
+    A day after they were recorded: the process on the pages has long been running.
+    """
+    begin = START + timedelta(days=1)
+    connection = with_staging(empty_warehouse())
+    recording = load_recording(target, [RECORDINGS / VLLM / phase for phase in phases])
+    reader = Reader()
+    ends = {page.phase: begin + timedelta(seconds=page.offset_seconds) for page in recording.pages}
+    pages = [
+        normalize(
+            reader.read(recording.page_at(seconds).path.read_text()),
+            target=target,
+            scraped_at=begin + timedelta(seconds=seconds),
+        )
+        for seconds in range(0, int(recording.duration_seconds) + 60, 5)
+    ]
+    append_pages(connection, pages)
+    return connection, ends
 
 
 def measured(connection: duckdb.DuckDBPyConnection, start: datetime, end: datetime) -> dict[str, Measures]:

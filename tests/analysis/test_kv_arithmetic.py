@@ -18,7 +18,8 @@ from optiinfra_pipelines.analysis.kv_arithmetic import (
     reported_tokens,
     shape_from_config,
 )
-from optiinfra_pipelines.domain.models import KNOWN_MODELS, ModelShape, known_model
+from optiinfra_pipelines.domain.fleet import ModelShape
+from optiinfra_pipelines.domain.models import KNOWN_MODELS, known_model
 from optiinfra_pipelines.engines import normalize
 from optiinfra_pipelines.exposition import Reader
 from tests.engines.conftest import RECORDINGS, SCRAPED_AT

@@ -11,15 +11,14 @@ from optiinfra_pipelines.analysis.recommendations.context import Context
 from optiinfra_pipelines.analysis.recommendations.derive import Group, recommend
 from optiinfra_pipelines.analysis.recommendations.measures import measure_targets
 from optiinfra_pipelines.domain.findings import Finding, FindingKind, Severity, Subject
-from optiinfra_pipelines.domain.fleet import Deployment
-from optiinfra_pipelines.domain.models import ModelShape
+from optiinfra_pipelines.domain.fleet import Deployment, ModelShape
 from optiinfra_pipelines.domain.recommendations import (
     ChangeKind,
     LedgerEntry,
     LedgerState,
     Recommendation,
 )
-from tests.analysis.advice_cases import START, VLLM, advise, load, measured, no_histograms, samples
+from tests.analysis.advice_cases import START, VLLM, advise, collect, load, measured, no_histograms, samples
 
 SMALL_LLAMA = ModelShape(layers=8, kv_heads=2, head_dim=64)
 CHAT = Subject(kind="deployment", name="chat")
@@ -87,6 +86,30 @@ def test_a_queue_at_low_kv_raises_the_batch_slots() -> None:
     assert relief.change_low == -relief.before
     assert relief.change_high == pytest.approx(-16 * 0.75)
     assert first.kind is ChangeKind.MAX_SEQUENCES
+
+
+@pytest.mark.parametrize("offset_seconds", range(0, 30, 5))
+def test_wherever_a_grid_of_short_windows_falls_each_trouble_calls_for_its_change(offset_seconds: int) -> None:
+    """All phases as collected every 5 s, in windows of 30 s: blocks while they run out, slots in the overload, nothing
+    before and after."""
+    phases = (
+        *("01_idle", "02_light_c1", "03_loaded_shared_prefix_c8"),
+        *("04_kv_pressure_preempt_c16", "05_overload_queue_c64_low_kv", "06_drained_idle"),
+    )
+    connection, ends = collect(phases)
+    group = Group(CHAT, ("r1",), Context(engine="vllm", shape=SMALL_LLAMA))
+    start = min(ends.values()) - timedelta(minutes=1) + timedelta(seconds=offset_seconds)
+    found = []
+    while start < ends["06_drained_idle"] + timedelta(minutes=1):
+        end = start + timedelta(seconds=30)
+        found += [(one.rule, start) for one in recommend([group], measured(connection, start, end), at=end).first]
+        start = end
+
+    assert [rule for rule, _ in found] == sorted(rule for rule, _ in found)
+    assert {rule for rule, _ in found} == {"kv_memory_up", "max_sequences_up"}
+    for rule, begun in found:
+        phase = "04_kv_pressure_preempt_c16" if rule == "kv_memory_up" else "05_overload_queue_c64_low_kv"
+        assert begun < ends[phase]
 
 
 def test_every_cited_signal_can_be_fetched_again_and_gives_the_stated_value() -> None:

@@ -55,8 +55,7 @@ def replay(
     for page in sorted(pages, key=lambda path: int(path.stem)):
         at = datetime.fromtimestamp(0, UTC) + timedelta(milliseconds=int(page.stem))
         normalized.append(normalize(reader.read(page.read_text()), target=target, scraped_at=at))
-    for name, frame in to_frames(normalized).items():
-        _append(con, name, frame)
+    append_pages(con, normalized)
     insert(
         con,
         "raw_scrapes",
@@ -76,6 +75,12 @@ def replay(
         ),
     )
     return [page.scraped_at for page in normalized]
+
+
+def append_pages(con: duckdb.DuckDBPyConnection, pages: Iterable[Normalized]) -> None:
+    """Read pages into the raw tables of what they hold."""
+    for name, frame in to_frames(list(pages)).items():
+        _append(con, name, frame)
 
 
 def _append(con: duckdb.DuckDBPyConnection, table: str, frame: pl.DataFrame) -> None:
