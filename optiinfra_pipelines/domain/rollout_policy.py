@@ -12,6 +12,7 @@ from zoneinfo import ZoneInfo
 from pydantic import Field, field_validator, model_validator
 
 from optiinfra_pipelines.domain.fleet import Frozen, Name, Positive
+from optiinfra_pipelines.domain.rollout_targets import KubernetesSettings, OrchestratorSettings
 from optiinfra_pipelines.domain.rollouts import Percent
 
 Weekday = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
@@ -113,6 +114,8 @@ class DeploymentRollouts(Frozen):
 
     deployment: Name
     haproxy: HaproxySettings | None = None
+    kubernetes: KubernetesSettings | None = None
+    orchestrator: OrchestratorSettings | None = None
     dry_run: DryRunSettings = DryRunSettings()
     quality_prompts: str | None = Field(default=None, description="JSON lines file with prompts of known answers.")
 

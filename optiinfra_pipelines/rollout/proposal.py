@@ -109,11 +109,10 @@ def _plan_faults(proposal: Proposal, policy: RolloutPolicy) -> list[str]:
 def _target_faults(proposal: Proposal, policy: RolloutPolicy) -> list[str]:
     settings = policy.of(proposal.change.deployment)
     found = []
-    if proposal.target in ("kubernetes", "orchestrator"):
-        found.append(f"target {proposal.target} is not available here; use dry_run or haproxy")
-    if proposal.target == "haproxy" and settings.haproxy is None:
+    if proposal.target != "dry_run" and getattr(settings, proposal.target) is None:
         found.append(
-            f"deployment {proposal.change.deployment} has no haproxy settings; describe its backend, or use dry_run"
+            f"deployment {proposal.change.deployment} has no {proposal.target} settings; describe them under its "
+            "rollouts, or use dry_run"
         )
     has_quality_gate = settings.quality_prompts is not None
     if proposal.change.knob_group in NEEDS_QUALITY_GATE and not has_quality_gate:

@@ -309,9 +309,15 @@ class Executor:
             raise RolloutError(f"rollout {row.rollout_id} is not executed: {refusal}")
 
     def _take_over(self, row: Rollout) -> Rollout:
-        actual = self.target.observe()
-        self.note("decision", f"took over {row.position} with {actual.percent:g} % at the candidate")
-        if actual.percent > 0:
+        try:
+            percent: float | None = self.target.observe().percent
+        except TargetError as error:
+            # What cannot be seen is taken off like what can.
+            percent = None
+            self.note("decision", f"took over {row.position}; the candidate's share is not known: {error}")
+        else:
+            self.note("decision", f"took over {row.position} with {percent:g} % at the candidate")
+        if percent is None or percent > 0:
             self.set_share(0.0)
         if row.position.pause is PauseReason.EXECUTOR_LOST:
             row = self.store.get(row.rollout_id)

@@ -157,7 +157,7 @@ def test_an_unfit_proposal_is_refused_in_the_launchpad(desk: Desk) -> None:
     for change, why in (
         ({"proposed": {"quantization": "fp8"}, "current": {}}, "quality_prompts"),
         ({"proposed": {"max_num_seqs": "8", "block_size": "32"}}, "more than one knob group"),
-        ({"target": "kubernetes"}, "not available"),
+        ({"target": "kubernetes"}, "has no kubernetes settings"),
         ({"percents": [50.0, 100.0]}, "blast radius allows 10 %"),
         ({"proposed": {"max_num_seqs": "64"}}, "are the same"),
     ):

@@ -10,6 +10,8 @@ from optiinfra_pipelines.domain.rollouts import TargetKind
 from resources.rollouts.local_launcher import LocalLauncher
 from resources.rollouts.targets.base import Replica, ServedTarget, TargetError
 from resources.rollouts.targets.haproxy import HaproxyTarget
+from resources.rollouts.targets.kubernetes.api import KubeApi
+from resources.rollouts.targets.kubernetes.target import KubernetesTarget
 
 # Requests in flight at some replicas by their own pages; None: they do not tell.
 InFlight = Callable[[Sequence[Replica]], int | None]
@@ -22,4 +24,6 @@ def served_target(
     if kind == "haproxy" and settings.haproxy is not None:
         folder = Path(root) / "haproxy"
         return HaproxyTarget(settings.haproxy, folder, LocalLauncher(folder / "replicas"))
+    if kind == "kubernetes" and settings.kubernetes is not None:
+        return KubernetesTarget(settings.kubernetes, KubeApi(settings.kubernetes), in_flight)
     raise TargetError(f"deployment {settings.deployment} has no {kind} settings; describe it there, or use dry_run")
