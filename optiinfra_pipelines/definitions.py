@@ -23,6 +23,7 @@ from optiinfra_pipelines.defs.models import model_assets, model_checks
 from optiinfra_pipelines.defs.raw import raw_assets
 from optiinfra_pipelines.defs.recommendations import recommendation_assets
 from optiinfra_pipelines.defs.report import fleet_report_asset
+from optiinfra_pipelines.defs.rollouts import rollout_assets, rollout_jobs
 from optiinfra_pipelines.defs.scaling import scaling_assets, scaling_jobs
 from optiinfra_pipelines.defs.traces import trace_jobs
 from optiinfra_pipelines.domain.fleet import Fleet
@@ -41,8 +42,12 @@ from resources.ledger.store import LedgerStore
 from resources.logs import configure_logging
 from resources.model_runner import ModelRunner
 from resources.report.reader import read_advice, read_report
+from resources.rollouts.clock import beside
+from resources.rollouts.desk import Rollouts
+from resources.rollouts.history import from_published
 from resources.warehouse import Warehouse
 from sensors.collection import collection_sensors
+from sensors.rollouts import rollout_sensors
 from sensors.watch import alerts_asset, watch_sensor
 
 # Ticks of three sensors come every 5 s: one commit for what came in 12 s costs a fraction of one each. What waits is
@@ -77,30 +82,56 @@ def open_warehouse(fleet: Fleet, paths: Paths, clock: Callable[[], datetime] = u
     )
 
 
+def open_rollouts(
+    fleet: Fleet, paths: Paths, warehouse: Warehouse, clock: Callable[[], datetime], environ: Mapping[str, str]
+) -> Rollouts:
+    """Everything rollouts of this fleet are done with; no file is touched before the first proposal.
+
+    environ: where the secrets of approvers are (OPTIINFRA_APPROVER_SECRET_<NAME>).
+    """
+    return Rollouts(
+        fleet,
+        fleet.rollouts,
+        paths.rollouts_dir,
+        environ=environ,
+        clock=beside(clock),
+        read_history=from_published(warehouse),
+    )
+
+
 def assemble(
     fleet: Fleet, paths: Paths, clock: Callable[[], datetime] = utc_now, environ: Mapping[str, str] = os.environ
 ) -> dg.Definitions:
     """Every asset, check, sensor, job and schedule of one fleet. Opens nothing: that happens in ticks and runs.
 
-    environ: where secrets of services come from (GROQ_API_KEY).
+    environ: where secrets of services (GROQ_API_KEY) and of approvers come from.
     """
     warehouse = open_warehouse(fleet, paths, clock)
     collectors = Collectors(fleet, clock)
     runner = ModelRunner(load_models(), warehouse, clock)
     jobs, schedules = maintenance(runner, warehouse, clock, fleet.retention)
     cadence = fleet.cadence
+    ledger = LedgerStore(fleet, warehouse, clock)
+    rollouts = open_rollouts(fleet, paths, warehouse, clock, environ)
     return dg.Definitions(
         assets=[
             *raw_assets(),
             alerts_asset(),
             *model_assets(runner, warehouse, cadence.refresh_minutes, also_published=ADVICE),
             *_judgment(fleet, paths, warehouse, clock, environ),
+            *recommendation_assets(ledger, WasteStore(fleet, warehouse, clock), cadence.refresh_minutes, rollouts.all),
             *forecast_assets(warehouse, clock, fleet),
             *scaling_assets(warehouse, clock, fleet),
             *kv_cache_assets(warehouse, clock, fleet),
+            *rollout_assets(),
         ],
         asset_checks=[model_checks(runner)],
-        jobs=[*jobs, *scaling_jobs(), *trace_jobs(paths.home, clock)],
+        jobs=[
+            *jobs,
+            *scaling_jobs(),
+            *trace_jobs(paths.home, clock),
+            *rollout_jobs(rollouts, ledger.find_change),
+        ],
         schedules=schedules,
         sensors=[
             *collection_sensors(collectors, warehouse, cadence.collect_seconds),
@@ -111,6 +142,7 @@ def assemble(
                 cadence.collect_seconds,
             ),
             automation_sensor(),
+            *rollout_sensors(rollouts),
         ],
         # One process per run: a process per step costs four times the CPU and every one of them opens the warehouse.
         executor=dg.in_process_executor,
@@ -120,7 +152,7 @@ def assemble(
 def _judgment(
     fleet: Fleet, paths: Paths, warehouse: Warehouse, clock: Callable[[], datetime], environ: Mapping[str, str]
 ) -> list[dg.AssetsDefinition]:
-    """What is wrong, what to change, how right that was, in words and in one report."""
+    """What is wrong, in words and in one report."""
     minutes = fleet.cadence.refresh_minutes
     roster = [*(t.name for t in fleet.targets), *(d.name for d in fleet.deployments), *(h.name for h in fleet.hosts)]
 
@@ -136,7 +168,6 @@ def _judgment(
 
     return [
         *finding_assets(FindingsStore(fleet, warehouse, clock), ObjectiveStore(fleet, warehouse, clock), minutes),
-        *recommendation_assets(LedgerStore(fleet, warehouse, clock), WasteStore(fleet, warehouse, clock), minutes),
         insights_asset(InsightWriter(InsightStore(warehouse), environ, clock), evidence, minutes),
         fleet_report_asset(lambda since, until: read_report(warehouse, fleet, since, until), paths.reports_dir, clock),
     ]

@@ -2,7 +2,7 @@
 
 `load_fleet` reads a fleet.yaml into frozen nouns (`optiinfra_pipelines.domain.fleet`) or raises SettingsError with
 everything that is wrong at once. The environment comes in as an argument. YAML is `settings_yaml`, the checks and
-their wording `settings_checks`; thresholds are `optiinfra_pipelines.domain.thresholds`.
+their wording `settings_checks` and `settings_rollouts`; thresholds are `optiinfra_pipelines.domain.thresholds`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from optiinfra_pipelines.domain.fleet import Fleet, Frozen
+from optiinfra_pipelines.domain.base import Frozen
+from optiinfra_pipelines.domain.fleet import Fleet
 from optiinfra_pipelines.settings_checks import check_fleet, explain
+from optiinfra_pipelines.settings_rollouts import check_rollouts
 from optiinfra_pipelines.settings_yaml import Problem, read_document
 
 # A fleet of 1,000 targets takes some 150 kB; more than this is the wrong file.
@@ -41,6 +43,7 @@ class Paths(Frozen):
     warehouse_dir: Path
     dagster_home: Path
     reports_dir: Path
+    rollouts_dir: Path
     fleet_file: Path
 
 
@@ -61,6 +64,7 @@ def find_paths(environ: Mapping[str, str]) -> Paths:
         warehouse_dir=home / "warehouse",
         dagster_home=home / "dagster",
         reports_dir=home / "reports",
+        rollouts_dir=home / "rollouts",
         fleet_file=fleet_file.absolute(),
     )
 
@@ -70,15 +74,21 @@ def load_fleet(path: Path, environ: Mapping[str, str]) -> Fleet:
 
     Raises SettingsError naming the file and, for everything wrong in it, line, column, key, fault and remedy.
     """
-    return parse_fleet(_read(path), environ, where=path)
+    return parse_fleet(_read(path), environ, where=path, folder=path.absolute().parent)
 
 
-def parse_fleet(text: str, environ: Mapping[str, str], *, where: Path | str = "fleet.yaml") -> Fleet:
-    """`load_fleet` for text that has been read already; `where` is the name that errors give it."""
+def parse_fleet(
+    text: str, environ: Mapping[str, str], *, where: Path | str = "fleet.yaml", folder: Path | None = None
+) -> Fleet:
+    """`load_fleet` for text that has been read already; `where` is the name that errors give it.
+
+    folder: from which relative files in it count; without one they are neither resolved nor looked for.
+    """
     document = read_document(text, environ)
     if document.problems and not document.value:
         raise SettingsError(where, document.problems)
     check_fleet(document)
+    check_rollouts(document, folder)
     try:
         fleet = Fleet.model_validate(document.value)
     except ValidationError as error:

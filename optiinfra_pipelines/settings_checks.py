@@ -30,6 +30,7 @@ _UNITS = (
     ("_ratio", "a ratio from 0 to 1 (99 % is 0.99)", "0.99"),
     ("replicas", "replicas", "2"),
     ("gpus_per_replica", "GPUs", "8"),
+    ("_percent", "percent", "10"),
     ("_concurrency", "targets at once", "100"),
 )
 _SECRET_NAME = re.compile(r"auth|cookie|token|secret|passw|api-?_?key|credential|signature", re.IGNORECASE)
@@ -68,7 +69,7 @@ def explain(error: ErrorDetails, document: Document) -> tuple[KeyPath, str] | No
     key = next((part for part in reversed(path) if isinstance(part, str)), "")
     written = document.written.get(path)
     may_hold_secret = "headers" in path or key == "webhook" or (key in _URL_KEYS and "@" in (written or ""))
-    got = f"; got {_short(written)}" if written is not None and not may_hold_secret else ""
+    got = f"; got {short(written)}" if written is not None and not may_hold_secret else ""
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
         return path, f"unknown key{did_you_mean(str(path[-1]), _fields(path[:-1]))}"
@@ -94,12 +95,18 @@ def explain(error: ErrorDetails, document: Document) -> tuple[KeyPath, str] | No
         return path, f"wants a list: one '- ' line for each entry{got}"
     if kind in ("model_type", "dict_type"):
         return path, f"wants `key: value` lines below it{got}"
+    if kind.startswith("time_"):
+        return path, f"wants a time of day as HH:MM, such as 22:00{got}"
+    if kind == "value_error":
+        # A sentence of our own nouns.
+        return path, str(context["error"])
     if kind == "string_type":
         return path, "wants one word or number, not a list or a mapping"
     return path, f"is not valid: {error['msg']}{got}"
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
+    """What was written, quoted, its beginning where it is long."""
     return repr(text if len(text) <= 40 else text[:39] + "…")
 
 
@@ -133,7 +140,7 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 def check_fleet(document: Document) -> None:
     """Add to `document.problems` what only the whole file shows. Works on whatever part of it is well-formed."""
     _check_keys_without_value(document)
-    lists = {name: _entries(document.value.get(name)) for name in ("targets", "deployments", "hosts")}
+    lists = {name: entries_of(document.value.get(name)) for name in ("targets", "deployments", "hosts")}
     for name, entries in lists.items():
         _check_names_are_unique(document, name, entries)
     known = {
@@ -143,7 +150,7 @@ def check_fleet(document: Document) -> None:
         for key, among in (("deployment", "deployments"), ("host", "hosts")):
             word = target.get(key)
             if isinstance(word, str) and word not in known[among]:
-                message = f"{_short(word)} is not among the {among}{did_you_mean(word, known[among])}"
+                message = f"{short(word)} is not among the {among}{did_you_mean(word, known[among])}"
                 document.complain(("targets", index, key), message)
         headers = target.get("headers")
         if isinstance(headers, dict):
@@ -152,12 +159,12 @@ def check_fleet(document: Document) -> None:
         for index, entry in lists[name].items():
             for key in _URL_KEYS:
                 if isinstance(entry.get(key), str):
-                    _check_url(document, (name, index, key), str(entry[key]))
+                    check_url(document, (name, index, key), str(entry[key]))
     prometheus = document.value.get("prometheus")
     _check_hosts(document, lists["hosts"], has_server=prometheus is not None)
     if isinstance(prometheus, dict):
         if isinstance(prometheus.get("url"), str):
-            _check_url(document, ("prometheus", "url"), str(prometheus["url"]))
+            check_url(document, ("prometheus", "url"), str(prometheus["url"]))
         if isinstance(prometheus.get("headers"), dict):
             _check_headers(document, ("prometheus", "headers"), prometheus["headers"])  # type: ignore[arg-type]
     alerts = document.value.get("alerts")
@@ -181,7 +188,8 @@ def _check_keys_without_value(document: Document) -> None:
             document.complain(path, f"unknown key{did_you_mean(str(key), known)}")
 
 
-def _entries(value: Value | None) -> dict[int, dict[str, Value]]:
+def entries_of(value: Value | None) -> dict[int, dict[str, Value]]:
+    """The entries of a list that are mappings, by their place in it; none where it is no list."""
     return {i: entry for i, entry in enumerate(value) if isinstance(entry, dict)} if isinstance(value, list) else {}
 
 
@@ -193,7 +201,7 @@ def _check_names_are_unique(document: Document, name: str, entries: Mapping[int,
             continue
         if word in first:
             line = document.place((name, first[word], "name")).line
-            message = f"{_short(word)} is also the name on line {line}; names are unique within {name}, rename one"
+            message = f"{short(word)} is also the name on line {line}; names are unique within {name}, rename one"
             document.complain((name, index, "name"), message)
         first.setdefault(word, index)
 
@@ -227,7 +235,8 @@ def _is_literal_secret(name: str, written: str) -> bool:
     return bool(_SECRET_NAME.search(name)) and ("${" not in written or len(rest) > 20)
 
 
-def _check_url(document: Document, path: KeyPath, url: str) -> None:
+def check_url(document: Document, path: KeyPath, url: str) -> None:
+    """Complain about a URL that names no host, holds a secret, or cannot be asked."""
     if not url.startswith(("http://", "https://")):
         return  # the field's own pattern says it
     try:
@@ -282,7 +291,7 @@ def _check_deployment(document: Document, path: KeyPath, deployment: Mapping[str
     low, high = deployment.get("min_replicas"), deployment.get("max_replicas")
     if isinstance(low, str) and isinstance(high, str) and low.isdigit() and high.isdigit() and int(low) > int(high):
         document.complain((*path, "max_replicas"), f"is {high}, below min_replicas {low}; swap them or raise it")
-    for index, objective in _entries(deployment.get("objectives")).items():
+    for index, objective in entries_of(deployment.get("objectives")).items():
         here = (*path, "objectives", index)
         kind = objective.get("kind")
         if kind in _LATENCIES and "threshold_seconds" not in objective:
@@ -304,6 +313,6 @@ def _check_thresholds(document: Document, thresholds: Mapping[str, Value]) -> No
         except ValueError:
             number = float("nan")
         if not known.minimum <= number <= known.maximum:
-            got = f"; got {_short(document.written[path])}" if path in document.written else ""
+            got = f"; got {short(document.written[path])}" if path in document.written else ""
             bounds = f"{known.minimum:.10g} to {known.maximum:.10g} (default {known.default:.10g})"
             document.complain(path, f"wants a number in {known.unit}, without the unit, from {bounds}{got}")

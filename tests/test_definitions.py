@@ -20,6 +20,7 @@ def paths(tmp_path: Path) -> Paths:
         warehouse_dir=tmp_path / "warehouse",
         dagster_home=tmp_path / "dagster",
         reports_dir=tmp_path / "reports",
+        rollouts_dir=tmp_path / "rollouts",
         fleet_file=tmp_path / "fleet.yaml",
     )
 
@@ -120,3 +121,28 @@ def test_derived_assets_are_requested_at_once_and_then_at_the_cadence(paths: Pat
     for check in graph.asset_check_keys - {dg.AssetCheckKey(dg.AssetKey("read_copy"), "opens")}:
         assert first.get_num_requested(check) == 0, check
         assert graph.get(check).automation_condition is not None, check
+
+
+def test_rollouts_are_in_the_launchpad_and_cost_nothing_until_one_is_proposed(paths: Paths) -> None:
+    """Eight jobs and two sensors that run from the first start; without a proposal a tick touches no disk."""
+    definitions = assemble(FLEET, paths, now)
+    wanted = ("propose", "approve", "reject", "execute", "pause", "resume", "abort", "rollback")
+    names = {job.name for job in definitions.resolve_all_job_defs()}
+
+    assert {f"{verb}_rollout" for verb in wanted} <= names
+    with dg.DagsterInstance.ephemeral() as instance:
+        for name, why in (("dispatch_rollouts", "nothing is approved"), ("watch_rollouts", "no rollout")):
+            found = sensor(definitions, name)
+            assert found.default_status is dg.DefaultSensorStatus.RUNNING
+            context = dg.build_sensor_context(instance=instance, definitions=definitions)
+            assert found.evaluate_tick(context).skip_message == why
+    assert not paths.rollouts_dir.exists()
+
+
+def test_the_watch_is_quick_enough_for_the_lease(paths: Paths) -> None:
+    """Lease and one interval of the watch (the daemon's loop is 5 s) are the 45 s in which traffic is off."""
+    definitions = assemble(FLEET, paths, now)
+
+    interval = sensor(definitions, "watch_rollouts").minimum_interval_seconds or 0
+
+    assert FLEET.rollouts.lease_seconds + interval + 5 <= 45

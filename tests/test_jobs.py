@@ -30,6 +30,7 @@ class Product:
             warehouse_dir=home / "warehouse",
             dagster_home=home / "dagster",
             reports_dir=home / "reports",
+            rollouts_dir=home / "rollouts",
             fleet_file=home / "fleet.yaml",
         )
         prepare_home(self.paths.dagster_home)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,18 @@ from hypothesis import strategies as st
 from optiinfra_pipelines.domain.fleet import Fleet
 from optiinfra_pipelines.domain.thresholds import THRESHOLDS, threshold_values
 from optiinfra_pipelines.settings import SettingsError, find_paths, load_fleet, parse_fleet
+from optiinfra_pipelines.settings_rollouts import rollout_warnings
 from optiinfra_pipelines.settings_yaml import Problem
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+CHAT = "deployments: [{name: chat, model: m}]\n"
+HAPROXY = (
+    "rollouts:\n  deployments:\n  - deployment: chat\n    haproxy:\n      socket: /run/ha\n      backend: chat\n"
+    "      state_file: /tmp/state\n      stable: [{server: s, url: 'http://h:1'}]\n"
+    "      candidates: [{server: c, url: 'http://h:2'}]\n"
+)
+LOCAL = HAPROXY.replace("h:2", "127.0.0.1:2")
+WINDOW = "rollouts: {freeze_windows: [{name: w, days: [fri], since: '16:00', until: '06:00', time_zone: UTC}]}"
 TARGET = "targets:\n  - name: a\n    url: http://h:1/metrics\n"
 
 
@@ -56,6 +66,10 @@ def test_every_commented_example_of_the_shipped_file_is_valid() -> None:
     assert len(fleet.deployments[0].objectives) == 2
     assert fleet.hosts[1].node_exporter == "http://10.0.0.5:9100/metrics"
     assert fleet.thresholds == {"stale_after_seconds": 30.0}
+    assert fleet.rollouts.freeze_windows[0].holds(datetime(2026, 11, 28, 12, tzinfo=UTC))
+    haproxy = fleet.rollouts.of("chat").haproxy
+    assert haproxy is not None
+    assert haproxy.candidates[0].metrics == "http://127.0.0.1:8100/metrics"
     assert fleet.targets[0].headers["Authorization"].get_secret_value() == "Bearer s3cret"
 
 
@@ -113,11 +127,29 @@ FAULTS = {
     "deployments: [{name: a, model: m, objectives: [{kind: availability, target_ratio: 0.9, threshold_seconds: 1}]}]": (
         "threshold_seconds: means nothing for availability"
     ),
-    "deployments: [{name: a, model: m, shape: {layers: 32}}]": "shape: is not valid: Value error, gqa attention needs",
+    "deployments: [{name: a, model: m, shape: {layers: 32}}]": "shape: gqa attention needs",
     "deployments: [{name: a, model: m, shape: {layers: 3, kv_head: 1}}]": "shape.kv_head: unknown key; did you mean",
     "thresholds: {stale_after: 5}": "1:14: thresholds.stale_after: unknown threshold; did you mean 'stale_aft",
     "thresholds: {stale_after_seconds: 1}": "in s, without the unit, from 10 to 3600 (default 30); got '1'",
     "thresholds: {stale_after_seconds: 30s}": "got '30s'",
+    # Rollouts
+    CHAT + "rollouts: {deployments: [{deployment: chta}]}": "2:27: rollouts.deployments[0].deployment: 'chta' is not "
+    "among the deployments; did you mean 'chat'?",
+    CHAT + "rollouts: {deployments: [{deployment: chat}, {deployment: chat}]}": "'chat' stands on line 2 already",
+    CHAT + "rollouts: {deployments: [{deployment: chat, haproxi: {}}]}": "unknown key; did you mean 'haproxy'?",
+    CHAT + HAPROXY.replace("/run/ha", "run/ha"): "haproxy.socket: is 'run/ha', a relative path; runs start elsewhere",
+    CHAT + HAPROXY.replace("server: c", "server: s"): "a server stands twice in stable and candidates: ['s', 's']",
+    CHAT + HAPROXY.replace("http://h:1", "http://u:hunter2@h:1"): "stable[0].url: holds credentials",
+    CHAT + LOCAL + "      launch: [vllm]\n": "launch: has no '{flags}', so no change would reach the engine",
+    CHAT + HAPROXY + "      launch: [vllm, '{flags}']\n": "candidates[0].url: is on h, and launch starts processes of",
+    "rollouts: {approvers: [alice, Alice]}": "rollouts.approvers[1]: 'Alice' and 'alice' mean one person; keep one",
+    "rollouts: {approvers: [OptiInfra]}": "executes rollouts and may not approve them; name a person",
+    "rollouts: {lease_seconds: 10}": "a lease of 10 s with a look every 5 s is lost to one slow look; make lease_sec",
+    "rollouts: {approval_hours: 1 day}": "rollouts.approval_hours: wants a number of hours, written without a unit",
+    "rollouts: {blast_radius: {max_first_percent: 200}}": "max_first_percent: must be at most 100 percent; got '200'",
+    WINDOW.replace("UTC", "Europe/Berln"): "'Europe/Berln' is no IANA time zone; write one such as Europe/Berlin",
+    WINDOW.replace("06:00", "6"): "freeze_windows[0].until: wants a time of day as HH:MM, such as 22:00; got '6'",
+    WINDOW.replace("fri", "friday"): "is not a known days; got 'friday'; did you mean 'fri'?",
     # URLs and secrets
     "targets: [{name: a, url: 'http://u:hunter2@x/m'}]": "targets[0].url: holds credentials; take them out",
     "targets: [{name: a, url: 'http://x/m?api_key=hunter2'}]": "url: holds a secret in its query",
@@ -306,3 +338,32 @@ def test_an_override_replaces_one_default() -> None:
     assert values["breaker_failures_to_open"] == THRESHOLDS["breaker_failures_to_open"].default
     with pytest.raises(KeyError, match="nonsense"):
         threshold_values({"nonsense": 1.0})
+
+
+def test_a_file_of_prompts_is_looked_for_beside_the_fleet_file(tmp_path: Path) -> None:
+    """Runs start in another folder than the person who wrote the path."""
+    text = CHAT + "rollouts: {deployments: [{deployment: chat, quality_prompts: prompts.jsonl}]}"
+    (tmp_path / "fleet.yaml").write_text(text)
+    with pytest.raises(SettingsError, match=r"quality_prompts: .*prompts.jsonl is no file; write JSON lines such as"):
+        load_fleet(tmp_path / "fleet.yaml", {})
+
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "2+2=", "expect": "4"}\n')
+    fleet = load_fleet(tmp_path / "fleet.yaml", {})
+
+    assert fleet.rollouts.of("chat").quality_prompts == str(tmp_path / "prompts.jsonl")
+
+
+def test_what_is_valid_and_will_not_work_as_meant_is_a_warning() -> None:
+    """Nobody who could prove themselves, pages nobody collects, fewer candidates than all traffic needs."""
+    text = CHAT + HAPROXY.replace("stable: [", "stable: [{server: s2, url: 'http://h:3'}, ")
+    text += "  approvers: [bob]\n  must_prove_approver: true\n"
+    fleet = parse_fleet(text, {})
+
+    said = rollout_warnings(fleet, {})
+    assert [word.split(";")[0][:60] for word in said] == [
+        "must_prove_approver: nobody can approve, for none of these i",
+        "chat: the metrics page of s2, s is no target, so margins and",
+        "chat: 1 candidate servers for 2 stable ones",
+    ]
+    assert len(rollout_warnings(fleet, {"OPTIINFRA_APPROVER_SECRET_BOB": "x"})) == 2
+    assert rollout_warnings(parse_fleet(CHAT, {}), {}) == []

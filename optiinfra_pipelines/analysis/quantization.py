@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from optiinfra_pipelines.domain.fleet import Engine, ModelShape, WeightDtype
+from optiinfra_pipelines.domain.base import Engine
+from optiinfra_pipelines.domain.fleet import ModelShape, WeightDtype
 
 Format = Literal["fp8", "int8", "int4"]
 FORMATS: tuple[Format, ...] = ("fp8", "int8", "int4")

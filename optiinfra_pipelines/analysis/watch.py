@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from itertools import pairwise
 
 from optiinfra_pipelines.domain.alerts import Alert, AlertKind
-from optiinfra_pipelines.domain.fleet import Source
+from optiinfra_pipelines.domain.base import Source
 
 # Scrapes a rule must hold in a row, and scrapes it must not hold before the alert is over.
 LOOKS_TO_FIRE, LOOKS_TO_RESOLVE = 2, 3

@@ -10,6 +10,7 @@ import click
 
 from optiinfra_pipelines.commands.console import console
 from optiinfra_pipelines.settings import Paths, SettingsError, load_fleet
+from optiinfra_pipelines.settings_rollouts import rollout_warnings
 from resources.doctor import Doctor, HostDiagnosis, TargetDiagnosis, lines_to_paste
 
 
@@ -23,6 +24,8 @@ def run(paths: Paths, environ: Mapping[str, str]) -> None:
         f"{paths.fleet_file}: valid; {len(fleet.targets)} targets, {len(fleet.deployments)} deployments, "
         f"{len(fleet.hosts)} hosts"
     )
+    for warning in rollout_warnings(fleet, environ):
+        console.print(f"! rollouts: {warning}")
     doctor = Doctor(fleet)
     now = datetime.now(UTC)
     try:

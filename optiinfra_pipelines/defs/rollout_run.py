@@ -117,6 +117,10 @@ class Runs:
     def _metadata(run: _Run, progress: Progress) -> dict[str, Metadata]:
         metadata: dict[str, Metadata] = {"position": str(progress.position), "message": progress.message}
         metadata.update(progress.numbers)
+        if progress.decides_at is not None:
+            metadata["next_decision_at"] = progress.decides_at.isoformat(timespec="seconds")
+        if progress.verdict is not None:
+            metadata["verdict"] = dg.MetadataValue.json(progress.verdict.model_dump(mode="json"))
         if run.executor.target.is_simulated:
             metadata["source"] = "SIMULATED: a rehearsal, nothing was changed"
         return metadata

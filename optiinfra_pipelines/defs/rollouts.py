@@ -21,6 +21,8 @@ from optiinfra_pipelines.defs.schema import Metadata
 from optiinfra_pipelines.domain.rollouts import Change, Rollout
 from resources.rollouts.desk import Rollouts
 from resources.rollouts.store import RolloutError
+from resources.rollouts.targets import TargetError
+from resources.warehouse import WarehouseError
 
 PARTITIONS = dg.DynamicPartitionsDefinition(name="rollouts")
 REQUEST, APPROVAL, EXECUTION = (dg.AssetKey(["rollout", name]) for name in ("request", "approval", "execution"))
@@ -128,7 +130,10 @@ def _execute(rollouts: Rollouts) -> dg.JobDefinition:
     @dg.job(
         description="Carry out an approved rollout: staging, canary, validation, gradual rollout, bake. The sensor "
         "dispatch_rollouts launches it; by hand it refuses what is not approved.",
-        tags={"dagster/max_retries": "0"},
+        # A pause may last days: the stack's limit on the run time of jobs (6 h) must not end a rollout.
+        tags={"dagster/max_retries": "0", "dagster/max_runtime": "0"},
+        # What ops hand on is the rollout's id; on disk it would leave a file per op behind.
+        resource_defs={"io_manager": dg.mem_io_manager},
     )
     def execute_rollout() -> None:
         rollout_id = take_rollout()
@@ -196,5 +201,5 @@ class _refusals:  # noqa: N801
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # ValueError is also pydantic's, and the ledger's for an unknown recommendation.
-        if isinstance(error, RolloutError | ValueError):
+        if isinstance(error, RolloutError | TargetError | WarehouseError | ValueError):
             raise dg.Failure(str(error), allow_retries=False) from error

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from optiinfra_pipelines.domain.fleet import Frozen, Source
+from optiinfra_pipelines.domain.base import Frozen, Source
 
 AlertKind = Literal["TARGET_DOWN", "ERRORS", "QUEUE_RUNAWAY", "STALLED"]
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from optiinfra_pipelines.domain.fleet import Frozen
+from optiinfra_pipelines.domain.base import Frozen
 
 Statistic = Literal[
     "last",

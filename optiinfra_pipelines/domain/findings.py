@@ -10,8 +10,8 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Literal
 
+from optiinfra_pipelines.domain.base import Frozen, Source
 from optiinfra_pipelines.domain.evidence import Signal
-from optiinfra_pipelines.domain.fleet import Frozen, Source
 
 
 class FindingKind(StrEnum):

@@ -1,30 +1,20 @@
 """The fleet as its operator describes it: targets, deployments, hosts, objectives, thresholds, retention, cadence.
 
-Nouns only: frozen, closed (an unknown key is an error), units in the names. Reading fleet.yaml, `${NAME}` and errors
-with file and line are `optiinfra_pipelines.settings`.
+Nouns only: frozen, closed (an unknown key is an error), units in the names. What rollouts may do is
+`domain.rollout_policy`; reading fleet.yaml, `${NAME}` and errors with file and line are `optiinfra_pipelines.settings`.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, model_validator
+from pydantic import Field, SecretStr, model_validator
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,62}$")]
-Engine = Literal[
-    "vllm", "sglang", "tgi", "trtllm", "triton", "dynamo_frontend", "dynamo_worker", "llamacpp", "lmcache", "lmcache_mp"
-]
-Source = Literal["live", "recorded", "simulated"]
-Ratio = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+from optiinfra_pipelines.domain.base import Engine, Frozen, Name, Positive, Source
+from optiinfra_pipelines.domain.rollout_policy import RolloutPolicy
+
 Count = Annotated[int, Field(ge=1)]
 WeightDtype = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4"]
-
-
-class Frozen(BaseModel):
-    """What every noun of ours is: frozen, and closed to keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Target(Frozen):
@@ -177,4 +167,5 @@ class Fleet(Frozen):
     keep: tuple[str, ...] = Field(default=(), description="Families to keep verbatim from every target.")
     cadence: Cadence = Cadence()
     retention: Retention = Retention()
+    rollouts: RolloutPolicy = RolloutPolicy()
     thresholds: dict[str, float] = Field(default_factory=dict, description="Overrides of analysis thresholds by name.")

@@ -11,7 +11,7 @@ from enum import IntFlag
 from types import MappingProxyType
 from typing import Literal
 
-from optiinfra_pipelines.domain.fleet import Frozen
+from optiinfra_pipelines.domain.base import Frozen
 
 Health = Literal["ok", "lost", "reset_required", "no_permission"]
 Severity = Literal["info", "warning", "critical"]

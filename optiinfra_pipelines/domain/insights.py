@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, StringConstraints
 
-from optiinfra_pipelines.domain.fleet import Frozen
+from optiinfra_pipelines.domain.base import Frozen
 
 Writer = Literal["model", "template"]
 EvidenceKind = Literal["status", "finding", "recommendation", "abstention"]

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
-from optiinfra_pipelines.domain.fleet import Frozen, Positive, Ratio
+from optiinfra_pipelines.domain.base import Frozen, Positive, Ratio
 
 Weight = Literal["block", "token", "request"]
 Tier = Literal["gpu", "cpu", "disk"]

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from optiinfra_pipelines.domain.fleet import Frozen, Objective, Ratio
+from optiinfra_pipelines.domain.base import Frozen, Ratio
+from optiinfra_pipelines.domain.fleet import Objective
 
 State = Literal["met", "burning", "exhausted", "no_data"]
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from optiinfra_pipelines.domain.fleet import Frozen, Positive
+from optiinfra_pipelines.domain.base import Frozen, Positive
 
 Seller = Literal["hyperscaler", "specialist", "long_tail", "reserved_block"]
 

@@ -15,9 +15,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AwareDatetime, Field, NonNegativeInt, model_validator
 
+from optiinfra_pipelines.domain.base import Engine, Frozen, Ratio, Source
 from optiinfra_pipelines.domain.evidence import Signal
 from optiinfra_pipelines.domain.findings import Subject
-from optiinfra_pipelines.domain.fleet import Engine, Frozen, Ratio, Source
 from optiinfra_pipelines.domain.rollouts import NEEDS_QUALITY_GATE, Change, KnobGroup
 
 

@@ -11,7 +11,7 @@ from zoneinfo import ZoneInfo
 
 from pydantic import Field, field_validator, model_validator
 
-from optiinfra_pipelines.domain.fleet import Frozen, Name, Positive
+from optiinfra_pipelines.domain.base import Frozen, Name, Positive
 from optiinfra_pipelines.domain.rollout_targets import KubernetesSettings, OrchestratorSettings
 from optiinfra_pipelines.domain.rollouts import Percent
 

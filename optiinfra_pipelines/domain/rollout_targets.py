@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from optiinfra_pipelines.domain.fleet import Frozen, Name, Positive
+from optiinfra_pipelines.domain.base import Frozen, Name, Positive
 
 # A name of an object in Kubernetes; shorter than its 63, because candidates get a suffix.
 KubeName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9\-.]{0,50}[a-z0-9])?$")]

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, Field, NonNegativeFloat, NonNegativeInt
 
-from optiinfra_pipelines.domain.fleet import Engine, Frozen, Name, Positive
+from optiinfra_pipelines.domain.base import Engine, Frozen, Name, Positive
 
 
 class RolloutState(StrEnum):

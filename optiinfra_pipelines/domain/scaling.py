@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
-from optiinfra_pipelines.domain.fleet import Frozen, Positive, Ratio
+from optiinfra_pipelines.domain.base import Frozen, Positive, Ratio
 
 TargetRatio = Annotated[float, Field(gt=0, le=1, description="Load a ready replica should carry, 1 = its capacity.")]
 

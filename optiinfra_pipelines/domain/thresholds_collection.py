@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from optiinfra_pipelines.domain.fleet import Frozen
+from optiinfra_pipelines.domain.base import Frozen
 
 
 class Threshold(Frozen):

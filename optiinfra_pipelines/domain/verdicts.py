@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from optiinfra_pipelines.domain.fleet import Frozen
+from optiinfra_pipelines.domain.base import Frozen
 
 
 class VerdictKind(StrEnum):

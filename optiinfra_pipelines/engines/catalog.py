@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 from weakref import WeakKeyDictionary
 
-from optiinfra_pipelines.domain.fleet import Engine
+from optiinfra_pipelines.domain.base import Engine
 from optiinfra_pipelines.engines.dialect import (
     Combine,
     Dialect,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from optiinfra_pipelines.domain.fleet import Engine
+from optiinfra_pipelines.domain.base import Engine
 
 Vantage = Literal["engine", "frontend", "cache"]
 # How several series of one rank become one number. "same": a configuration value that must agree, else unknown.

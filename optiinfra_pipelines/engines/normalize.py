@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from optiinfra_pipelines.domain.fleet import Engine
+from optiinfra_pipelines.domain.base import Engine
 from optiinfra_pipelines.engines.catalog import Identity
 from optiinfra_pipelines.engines.compiler import HistogramPlan, Values
 from optiinfra_pipelines.engines.plan import (

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from weakref import WeakKeyDictionary
 
-from optiinfra_pipelines.domain.fleet import Engine
+from optiinfra_pipelines.domain.base import Engine
 from optiinfra_pipelines.engines.catalog import Identity, acquaintance, dialects_of, identify
 from optiinfra_pipelines.engines.compiler import Compiler, Flaw, HistogramPlan, Number, Picks, Values
 from optiinfra_pipelines.engines.dialect import Dialect, Expression, Need, Take

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from optiinfra_pipelines.domain.fleet import Engine
+from optiinfra_pipelines.domain.base import Engine
 from optiinfra_pipelines.engines.catalog import Identity
 from optiinfra_pipelines.engines.dialect import Vantage
 from optiinfra_pipelines.engines.normalize import Normalized

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 
+from optiinfra_pipelines.domain.people import SERVICE, same_person, secret_name
 from optiinfra_pipelines.domain.rollout_policy import RolloutPolicy
 from optiinfra_pipelines.domain.rollouts import (
     HOLDING,
@@ -21,19 +21,12 @@ from optiinfra_pipelines.domain.rollouts import (
     RolloutState,
     Step,
 )
-from optiinfra_pipelines.rollout.proposal import faults, proposal_hash, same_person
+from optiinfra_pipelines.rollout.proposal import faults, proposal_hash
 
-# The name our own runs act under; it proposes and executes, and so may never approve.
-SERVICE = "optiinfra"
 # Clocks of one host's processes agree to well under a second; a stamp from further ahead means that the clock jumped.
 CLOCK_SLACK = timedelta(seconds=60)
 # So many digits of the hash cannot be met by chance or by a hurried edit.
 MIN_HASH_DIGITS = 12
-
-
-def secret_name(approver: str) -> str:
-    """Environment variable that holds an approver's secret, such as OPTIINFRA_APPROVER_SECRET_ALICE_W."""
-    return "OPTIINFRA_APPROVER_SECRET_" + re.sub(r"[^A-Z0-9]+", "_", approver.strip().upper())
 
 
 def approval_code(secret: str, full_hash: str) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
 
 from optiinfra_pipelines.domain.rollout_policy import RolloutPolicy
 from optiinfra_pipelines.domain.rollouts import NEEDS_QUALITY_GATE, Change, KnobGroup, Proposal
@@ -18,17 +17,6 @@ def proposal_hash(proposal: Proposal) -> str:
     """SHA-256 of the proposal as JSON with sorted keys and no spaces, 64 hex digits."""
     text = json.dumps(proposal.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def same_person(one: str, other: str) -> bool:
-    """Whether two self-declared names mean one person: spelling, case and spaces do not make two."""
-    return _person(one) == _person(other)
-
-
-def _person(name: str) -> str:
-    """Letters and digits alone, in compatibility form and without case."""
-    decomposed = unicodedata.normalize("NFKD", name).casefold()
-    return "".join(letter for letter in decomposed if unicodedata.category(letter)[0] in "LN")
 
 
 def faults(proposal: Proposal, policy: RolloutPolicy) -> list[str]:

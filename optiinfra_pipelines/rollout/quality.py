@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pydantic import Field
 from scipy.stats import binomtest
 
-from optiinfra_pipelines.domain.fleet import Frozen
+from optiinfra_pipelines.domain.base import Frozen
 
 # Fewer prompts cannot show a loss of one answer in ten.
 MIN_PROMPTS = 20

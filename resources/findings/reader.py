@@ -17,7 +17,8 @@ from optiinfra_pipelines.analysis.findings.deployment import DeploymentWindow
 from optiinfra_pipelines.analysis.findings.gpu import GpuWindow
 from optiinfra_pipelines.analysis.findings.host import HostWindow
 from optiinfra_pipelines.analysis.findings.window import Capacity, EngineWindow, HitHistory, cleaned
-from optiinfra_pipelines.domain.fleet import Fleet, Source, Target
+from optiinfra_pipelines.domain.base import Source
+from optiinfra_pipelines.domain.fleet import Fleet, Target
 
 # Long enough for two refreshes to overlap at the default cadence, short enough to be about now.
 ENGINE_WINDOW = timedelta(minutes=5)

@@ -140,11 +140,18 @@ class LedgerStore:
         return tuple(entry.recommendation for entry in self.entries(LedgerState.OPEN))
 
     def find_change(self, recommendation_id: str) -> Change:
-        """The change of a recommendation, for a rollout. ValueError when it is unknown or no change of flags."""
-        found = {entry.recommendation.id: entry.recommendation for entry in self.entries()}.get(recommendation_id)
+        """The change of a recommendation, for a rollout.
+
+        ValueError when it is unknown, no change of flags, or not open any more: then its evidence is of another load
+        or another configuration.
+        """
+        found = {entry.recommendation.id: entry for entry in self.entries()}.get(recommendation_id)
         if found is None:
             raise ValueError(f"there is no recommendation {recommendation_id}; `recommendations` lists what there is")
-        return found.to_change()
+        if found.state not in (LedgerState.OPEN, LedgerState.PROPOSED):
+            instead = f"; {found.replaced_by} took its place" if found.replaced_by else ""
+            raise ValueError(f"recommendation {recommendation_id} is {found.state.value}{instead}; choose an open one")
+        return found.recommendation.to_change()
 
     def accuracy(self) -> list[Accuracy]:
         """How right recommendations have been, as of now."""
@@ -170,9 +177,12 @@ class LedgerStore:
 
     def report_rollouts(self, rollouts: Iterable[Rollout]) -> int:
         """Take over what rollouts of recommendations have come to; returns how many events that gave."""
+        speaking = ledger.spokesmen(rollouts)
+        if not speaking:
+            return 0
         with self._session() as connection:
             book = _load(connection)
-            for rollout in sorted(rollouts, key=lambda one: one.updated_at):
+            for rollout in speaking:
                 entry = book.entries.get(rollout.proposal.recommendation_id or "")
                 event = None if entry is None else ledger.from_rollout(entry, rollout)
                 if event is not None:

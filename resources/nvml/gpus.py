@@ -20,7 +20,7 @@ import polars as pl
 import pynvml as nvml
 import structlog
 
-from optiinfra_pipelines.domain.fleet import Source
+from optiinfra_pipelines.domain.base import Source
 from optiinfra_pipelines.domain.gpus import Health
 from optiinfra_pipelines.sql.sources import raw_tables
 from resources.nvml.ask import DriverDownError, GpuGoneError, Ledger, ask, code_name, code_of

@@ -15,8 +15,9 @@ import duckdb
 import polars as pl
 
 from optiinfra_pipelines.analysis.report.data import QUERIES, Advice, ReportData
+from optiinfra_pipelines.domain.base import Frozen
 from optiinfra_pipelines.domain.findings import Abstention, Finding, FindingKind, Subject
-from optiinfra_pipelines.domain.fleet import Fleet, Frozen
+from optiinfra_pipelines.domain.fleet import Fleet
 from optiinfra_pipelines.domain.insights import Insight
 from optiinfra_pipelines.domain.objectives import ObjectiveStatus
 from optiinfra_pipelines.domain.recommendations import Accuracy, ChangeKind, Recommendation, RuleAbstention

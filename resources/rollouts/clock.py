@@ -21,10 +21,19 @@ class Moment:
     boot_id: str = "test"
 
 
+Clock = Callable[[], Moment]
+
+
 def now_here() -> Moment:
     """The present moment of this host. The boot clock also counts while the host sleeps."""
+    return _moment(datetime.now(UTC))
+
+
+def beside(clock: Callable[[], datetime]) -> Clock:
+    """Moments whose wall clock is `clock` and whose ages are this host's."""
+    return lambda: _moment(clock())
+
+
+def _moment(at: datetime) -> Moment:
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return Moment(datetime.now(UTC), time.clock_gettime(time.CLOCK_BOOTTIME), boot_id)
-
-
-Clock = Callable[[], Moment]
+    return Moment(at, time.clock_gettime(time.CLOCK_BOOTTIME), boot_id)

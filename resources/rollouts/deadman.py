@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from optiinfra_pipelines.domain.fleet import Frozen
+from optiinfra_pipelines.domain.base import Frozen
 from optiinfra_pipelines.domain.rollout_policy import DeploymentRollouts
 from optiinfra_pipelines.domain.rollouts import RolloutState, TargetKind
 from resources.rollouts.clock import Clock, now_here

@@ -13,11 +13,16 @@ from datetime import datetime, timedelta
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import structlog
 
 from optiinfra_pipelines.rollout.calibration import Calibration, calibrate, windows
 from optiinfra_pipelines.rollout.margins import JudgedEdge, StableHistogram
+from resources.warehouse import Warehouse, WarehouseError
 
-Read = Callable[[str, Sequence[object]], pl.DataFrame]
+_log = structlog.get_logger(__name__)
+
+# None: nothing is stored yet, or it cannot be asked now.
+Read = Callable[[str, Sequence[object]], pl.DataFrame | None]
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -47,6 +52,19 @@ class _Increments:
     upper_bounds: tuple[float, ...]
     seconds: Floats
     counts: Floats
+
+
+def from_published(warehouse: Warehouse) -> Read:
+    """Reads the published copy: an executor never waits for the live file, whose writers may outlast its lease."""
+
+    def read(sql: str, params: Sequence[object]) -> pl.DataFrame | None:
+        try:
+            return warehouse.read_published(sql, params)
+        except WarehouseError as error:
+            _log.warning("rollout_history_not_read", cause=str(error), meanwhile="the minutes since the start count")
+            return None
+
+    return read
 
 
 class StableHistory:
@@ -96,7 +114,9 @@ class StableHistory:
 
     def _increments(self, signal: str, since: datetime, until: datetime) -> list[_Increments]:
         frame = self._read(_ROWS, [signal, self._targets, since, until])
-        found = []
+        found: list[_Increments] = []
+        if frame is None:
+            return found
         for (target, _, _), rows in frame.group_by(["target", "engine_rank", "bounds_id"], maintain_order=True):
             bounds = tuple(rows["upper_bounds"][0].to_list())
             counts = np.array(rows["bucket_counts"].to_list(), dtype=np.float64).reshape(rows.height, len(bounds))

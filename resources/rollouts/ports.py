@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Protocol
 
 from optiinfra_pipelines.domain.rollouts import Position, RolloutPlan
@@ -81,10 +82,14 @@ def is_near(actual: float, percent: float) -> bool:
 
 @dataclass(frozen=True)
 class Progress:
-    """What one look of the executor came to. numbers: for charts, by name. verdict: where one judges."""
+    """What one look of the executor came to. numbers: for charts, by name. verdict: where one judges.
+
+    decides_at: when the present step can pass at the earliest, by the clock of the run; None where none is judged.
+    """
 
     position: Position
     is_done: bool
     message: str
     numbers: Mapping[str, float] = field(default_factory=dict)
     verdict: Verdict | None = None
+    decides_at: datetime | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from optiinfra_pipelines.domain.rollouts import PauseReason, Rollout, Stage, Step
@@ -195,9 +196,10 @@ class TrafficStage:
             return executor.pause(row, PauseReason.INCONCLUSIVE, decision.reason, evidence)
         if decision.act is Act.PASS:
             return self._passed(row, step, decision, evidence)
-        ends = max(0.0, step.dwell_seconds - (now.seconds - self._entered))
+        needed = step.dwell_seconds + row.proposal.plan.warm_up_seconds
+        ends = max(0.0, needed - (now.seconds - self._entered))
         said = executor.say(row, now, f"{step.percent:g} %: {decision.reason}; decides in {ends:.0f} s", numbers)
-        return replace(said, verdict=decision.verdict)
+        return replace(said, verdict=decision.verdict, decides_at=now.at + timedelta(seconds=ends))
 
     def guard_only(self, row: Rollout, now: Moment) -> Decision | None:
         """While nothing is judged: fail on what needs no statistics. None without traffic at the candidate."""

@@ -18,7 +18,7 @@ import httpx
 import polars as pl
 from pydantic import SecretStr
 
-from optiinfra_pipelines.domain.fleet import Source
+from optiinfra_pipelines.domain.base import Source
 from optiinfra_pipelines.sql.sources import raw_tables
 from optiinfra_pipelines.telemetry import dcgm, node_exporter, prometheus_api
 from optiinfra_pipelines.telemetry.prometheus_api import AnswerError

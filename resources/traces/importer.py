@@ -16,7 +16,8 @@ import numpy as np
 import polars as pl
 
 from optiinfra_pipelines.analysis.traces import TraceError
-from optiinfra_pipelines.domain.fleet import Deployment, Fleet, Frozen
+from optiinfra_pipelines.domain.base import Frozen
+from optiinfra_pipelines.domain.fleet import Deployment, Fleet
 from optiinfra_pipelines.sql.loader import load_models
 from optiinfra_pipelines.sql.refresh import refresh_all
 from optiinfra_pipelines.sql.sources import raw_tables

@@ -27,7 +27,7 @@ from resources.warehouse.batches import Batch, checked_batch, store
 from resources.warehouse.catalog import Layer, TimedTable, Unit, ensure, registered, transaction
 from resources.warehouse.cold import Cold, Moved
 from resources.warehouse.database import Database, identifier
-from resources.warehouse.errors import BatchError, WarehouseLockedError
+from resources.warehouse.errors import BatchError, WarehouseFileError, WarehouseLockedError
 from resources.warehouse.files import Layout, disk_nearly_full, free_bytes
 from resources.warehouse.retention import Keeper, Retained, Swept
 from resources.warehouse.spool import Backlog, DamagedBatchError, Spool
@@ -178,6 +178,21 @@ class Warehouse:
         with self.connect() as connection, transaction(connection, "READ ONLY"):
             frame: pl.DataFrame = connection.sql(sql, params=list(params)).pl()
             return frame
+
+    def read_published(self, sql: str, params: Sequence[object] = ()) -> pl.DataFrame | None:
+        """The answer of one query on the published copy; waits for nobody. None before the first publication.
+
+        WarehouseFileError when the copy cannot be asked that.
+        """
+        if not self.read_path.exists():
+            return None
+        try:
+            with duckdb.connect(str(self.read_path), read_only=True) as connection:
+                connection.execute("set TimeZone = 'UTC'")
+                frame: pl.DataFrame = connection.sql(sql, params=list(params)).pl()
+                return frame
+        except duckdb.Error as error:
+            raise WarehouseFileError(f"{self.read_path} does not answer: {error}") from error
 
     def publish(self, deadline_seconds: float = CONNECT_DEADLINE_SECONDS) -> publishing.Publication:
         """Swap in a fresh read.duckdb. DiskNearlyFullError when a copy does not fit: the one before stays."""

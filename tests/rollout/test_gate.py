@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from optiinfra_pipelines.domain.people import same_person, secret_name
 from optiinfra_pipelines.domain.rollout_policy import BlastRadius, DeploymentRollouts, FreezeWindow, RolloutPolicy
 from optiinfra_pipelines.domain.rollouts import (
     Change,
@@ -22,11 +23,10 @@ from optiinfra_pipelines.domain.rollouts import (
 from optiinfra_pipelines.rollout.gate import (
     approval_code,
     approval_refusal,
-    secret_name,
     start_refusal,
     step_refusal,
 )
-from optiinfra_pipelines.rollout.proposal import change_faults, faults, full_flags, proposal_hash, same_person
+from optiinfra_pipelines.rollout.proposal import change_faults, faults, full_flags, proposal_hash
 from tests.rollout.conftest import NOW, approved, proposal, rollout
 
 POLICY = RolloutPolicy()

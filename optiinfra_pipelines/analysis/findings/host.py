@@ -13,9 +13,9 @@ import polars as pl
 
 from optiinfra_pipelines.analysis.findings.load import finding
 from optiinfra_pipelines.analysis.findings.measure import Tables
+from optiinfra_pipelines.domain.base import Source
 from optiinfra_pipelines.domain.evidence import Signal
 from optiinfra_pipelines.domain.findings import Abstention, Diagnosis, Finding, FindingKind, Severity, Subject
-from optiinfra_pipelines.domain.fleet import Source
 
 Values = Mapping[str, float]
 

@@ -13,9 +13,9 @@ from optiinfra_pipelines.analysis.findings.bottlenecks import Queue, wait_limit
 from optiinfra_pipelines.analysis.findings.latency_share import METRICS, Miss, PhaseShares
 from optiinfra_pipelines.analysis.findings.stretches import Stretch
 from optiinfra_pipelines.analysis.findings.window import EngineWindow
+from optiinfra_pipelines.domain.base import Source
 from optiinfra_pipelines.domain.evidence import Signal, Statistic
 from optiinfra_pipelines.domain.findings import Finding, FindingKind, Severity, Subject, finding_id
-from optiinfra_pipelines.domain.fleet import Source
 
 Values = Mapping[str, float]
 Span = tuple[datetime, datetime]

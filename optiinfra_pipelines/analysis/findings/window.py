@@ -14,8 +14,9 @@ from itertools import pairwise
 import polars as pl
 
 from optiinfra_pipelines.analysis.findings.measure import Tables
+from optiinfra_pipelines.domain.base import Source
 from optiinfra_pipelines.domain.findings import Subject
-from optiinfra_pipelines.domain.fleet import Objective, Source
+from optiinfra_pipelines.domain.fleet import Objective
 from optiinfra_pipelines.sql.sources import raw_tables
 
 # Added up over engine ranks; usage is that of the fullest rank, because each rank preempts by itself.

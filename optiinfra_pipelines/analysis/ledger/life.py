@@ -234,14 +234,37 @@ def detect_replicas(entry: LedgerEntry, counts: Sequence[tuple[datetime, int]]) 
     return None
 
 
+def spokesmen(rollouts: Iterable[Rollout]) -> list[Rollout]:
+    """The rollouts that speak for their recommendations, oldest first.
+
+    Of each recommendation the newest real one, and what takes that back: a rehearsal changed nothing, and an earlier
+    attempt must not undo what a later one has come to.
+    """
+    forward: dict[str, Rollout] = {}
+    back: dict[str, Rollout] = {}
+    for one in sorted(rollouts, key=lambda one: (one.proposal.created_at, one.proposal.undoes is not None)):
+        recommendation = one.proposal.recommendation_id
+        if recommendation is None or one.proposal.target == "dry_run":
+            continue
+        if one.proposal.undoes is None:
+            forward[recommendation] = one
+            back.pop(recommendation, None)
+        else:
+            back[recommendation] = one
+    return [*forward.values(), *back.values()]
+
+
 def from_rollout(entry: LedgerEntry, rollout: Rollout) -> LedgerEvent | None:
     """What a rollout of this recommendation reports; None when it says nothing new."""
+    is_back = rollout.proposal.undoes is not None
+    if is_back and rollout.position.state is not RolloutState.COMPLETED:
+        return None
     kinds = {
         RolloutState.PENDING_APPROVAL: LedgerEventKind.PROPOSED,
         RolloutState.APPROVED: LedgerEventKind.PROPOSED,
         RolloutState.IN_PROGRESS: LedgerEventKind.PROPOSED,
         RolloutState.REJECTED: LedgerEventKind.WITHDRAWN,
-        RolloutState.COMPLETED: LedgerEventKind.APPLIED,
+        RolloutState.COMPLETED: LedgerEventKind.ROLLED_BACK if is_back else LedgerEventKind.APPLIED,
         RolloutState.ROLLED_BACK: LedgerEventKind.ROLLED_BACK
         if entry.state is LedgerState.APPLIED
         else LedgerEventKind.WITHDRAWN,

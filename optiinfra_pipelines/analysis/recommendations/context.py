@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from optiinfra_pipelines.analysis.kv_arithmetic import whole
 from optiinfra_pipelines.analysis.recommendations.flags import Flag, Knob
 from optiinfra_pipelines.analysis.recommendations.measures import Measures
-from optiinfra_pipelines.domain.fleet import Deployment, Engine, ModelShape, Objective
+from optiinfra_pipelines.domain.base import Engine
+from optiinfra_pipelines.domain.fleet import Deployment, ModelShape, Objective
 from optiinfra_pipelines.domain.kv_cache import CacheAdvice
 from optiinfra_pipelines.domain.prices import GpuPrice
 from optiinfra_pipelines.domain.recommendations import Effect

@@ -20,8 +20,8 @@ from optiinfra_pipelines.analysis.recommendations.rules import BY_NAME, RULES, R
 from optiinfra_pipelines.analysis.recommendations.sizing import SIZINGS as BATCH_SIZINGS
 from optiinfra_pipelines.analysis.recommendations.sizing_memory import SIZINGS as MEMORY_SIZINGS
 from optiinfra_pipelines.analysis.recommendations.sizing_other import SIZINGS as OTHER_SIZINGS
+from optiinfra_pipelines.domain.base import Source
 from optiinfra_pipelines.domain.findings import Finding, Subject
-from optiinfra_pipelines.domain.fleet import Source
 from optiinfra_pipelines.domain.recommendations import (
     FINAL,
     LedgerEntry,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from optiinfra_pipelines.domain.fleet import Engine
+from optiinfra_pipelines.domain.base import Engine
 from optiinfra_pipelines.domain.rollouts import KnobGroup
 
 Knob = Literal[

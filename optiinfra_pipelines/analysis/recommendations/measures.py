@@ -23,7 +23,7 @@ from optiinfra_pipelines.analysis.recommendations.limits import (
     MIN_WINDOW_SECONDS,
     WARM_UP_SECONDS,
 )
-from optiinfra_pipelines.domain.fleet import Engine
+from optiinfra_pipelines.domain.base import Engine
 
 # Gauges that add up over engine ranks, and those of which the fullest rank counts.
 _SUMMED = ("requests_running", "requests_waiting", "requests_waiting_deferred", "kv_cache_capacity_tokens")

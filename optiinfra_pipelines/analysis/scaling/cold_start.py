@@ -13,7 +13,7 @@ from typing import Literal
 import polars as pl
 from pydantic import NonNegativeInt
 
-from optiinfra_pipelines.domain.fleet import Frozen, Positive
+from optiinfra_pipelines.domain.base import Frozen, Positive
 
 # vLLM replicas are reported to need 1 to 2 minutes warm and 2 to 7 typically; the public back-tests use this too.
 DEFAULT_COLD_START_SECONDS = 180.0

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
-from optiinfra_pipelines.domain.fleet import Frozen, Positive
+from optiinfra_pipelines.domain.base import Frozen, Positive
 from optiinfra_pipelines.domain.scaling import Capacity, ScalingAdvice, TargetRatio
 
 # z of P10 and P90 of a normal distribution.
