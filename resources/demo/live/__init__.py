@@ -1,0 +1,1 @@
+"""The live demo's fleet: real servers and real HTTP around SIMULATED engines, on loopback."""

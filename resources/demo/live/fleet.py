@@ -1,0 +1,260 @@
+"""The live demo's fleet on loopback: replicas behind a gateway, which a rollout really changes.
+
+Real: the HTTP servers, their metrics pages, the gateway, the traffic, the processes that a rollout starts and stops.
+SIMULATED: the engine inside each replica, NVIDIA Dynamo's mocker, which sleeps where a GPU would compute. Here:
+starting and ending all of it, and the fleet.yaml that describes it. Not here: the command
+(`optiinfra_pipelines.commands.live_demo`), one replica (`replica`), the load (`traffic`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import random
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Self
+
+import httpx
+import yaml
+
+from optiinfra_pipelines.domain.rollout_policy import (
+    BlastRadius,
+    DeploymentRollouts,
+    HaproxyServer,
+    HaproxySettings,
+    RolloutPolicy,
+)
+from resources.dagster_home.supervisor import Child, Supervisor
+from resources.demo.live.gateways import GatewayKind, find_haproxy, gateway_command
+from resources.demo.live.model import write_model
+from resources.demo.live.replica import MODEL_NAME, metrics_port
+from resources.rollouts.local_launcher import LocalLauncher
+
+DEPLOYMENT = "chat"
+STABLE, CANDIDATES = 2, 2
+# What a replica runs with until a rollout changes it: four slots are too few for the load, everything else is ample.
+FLAGS: Mapping[str, str] = {"max-num-seqs": "4", "max-num-batched-tokens": "1024", "num-gpu-blocks-override": "512"}
+# The mocker's pace against a real GPU's, chosen so that two cores carry Dagster and the load that needs 8 slots.
+SPEEDUP_RATIO = 0.4
+# 4 slots answer about 4.6 requests a second and replica, 8 slots 7.8: this overloads the former and suits the latter.
+REQUESTS_PER_SECOND = 10.5
+MAX_IN_FLIGHT = 24
+READY_SECONDS = 90.0
+# Written into the demo's folder; only a folder that has it is emptied at the next start.
+MARKER = ".optiinfra-live-demo"
+_LOOK_SECONDS = 0.5
+# Dynamo takes the port of its metrics page for a 16-bit number with a sign: 32767 is the highest.
+_PORTS = (20_000, 32_000)
+_SIMULATED = "the engine is SIMULATED: NVIDIA Dynamo's mocker behind its real frontend"
+
+
+class LiveDemoError(RuntimeError):
+    """The live demo cannot run; the text names what is missing and the remedy."""
+
+
+def missing() -> str | None:
+    """Why the live demo cannot run here; None when it can."""
+    absent = [name for name in ("dynamo.frontend", "dynamo.mocker") if not _is_installed(name)]
+    if absent:
+        return f"{', '.join(absent)} not installed; run it as: uv run --group live optiinfra demo --live"
+    return None
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+class LiveFleet:
+    """All of it under one folder. Use as a context manager: what was started is ended, also what rollouts started.
+
+    rollouts_dir: where the pipeline keeps its rollouts; the replicas are known to the launcher there. gateway: which
+    one; None takes HAProxy where it is installed. on_event: one line per thing that happens to the gateway.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rollouts_dir: Path,
+        *,
+        gateway: GatewayKind | None = None,
+        on_event: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.folder = folder
+        self.gateway: GatewayKind = gateway or ("haproxy" if find_haproxy() else "builtin")
+        self.launcher = LocalLauncher(rollouts_dir / "haproxy" / "replicas")
+        self.port, *ports = _free_ports(STABLE + CANDIDATES)
+        self.settings = self._settings(ports)
+        self._supervisor = Supervisor(environ=dict(os.environ), cwd=folder, on_event=on_event)
+        self._stopped = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="gateway watch", daemon=True)
+
+    @property
+    def url(self) -> str:
+        """Where clients ask."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def servers(self) -> tuple[HaproxyServer, ...]:
+        """Every replica there is room for."""
+        return (*self.settings.stable, *self.settings.candidates)
+
+    @property
+    def policy(self) -> RolloutPolicy:
+        """What rollouts may do here: a demo's first step is a quarter of the traffic, and it grows in large steps."""
+        radius = BlastRadius(max_first_percent=25.0, max_increase_percent=50.0)
+        deployment = DeploymentRollouts(deployment=DEPLOYMENT, haproxy=self.settings)
+        return RolloutPolicy(blast_radius=radius, deployments=(deployment,))
+
+    def __enter__(self) -> Self:
+        why = missing()
+        if why is not None:
+            raise LiveDemoError(why)
+        write_model(self.folder / "model")
+        try:
+            for one in self.settings.stable:
+                self.launcher.start(one.server, self.settings.launch or (), one.url, FLAGS)
+            for one in self.settings.stable:
+                self._wait_until_ready(one)
+            command = gateway_command(self.gateway, self.settings, self.port, self.folder)
+            child = Child(
+                "gateway", command, self.folder / "gateway.log", is_ready=self._passes, ready_within_seconds=30
+            )
+            self._supervisor.start([child])
+        except BaseException:
+            self._end()
+            raise
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._watcher.join()
+        self._end()
+
+    def kill_gateway(self) -> None:
+        """kill -9, as an accident would; it is started again within seconds."""
+        os.killpg(self._supervisor.pids["gateway"], 9)
+
+    def write_fleet(self, path: Path) -> None:
+        """Write the fleet.yaml of all this: every replica's engine page, and this host live."""
+        targets = [
+            {"name": one.server, "url": one.metrics, "deployment": DEPLOYMENT, "source": "simulated"}
+            for one in self.servers
+        ]
+        fleet = {
+            "targets": targets,
+            # The mocker takes vLLM's flags and prints vLLM's names.
+            "deployments": [{"name": DEPLOYMENT, "model": MODEL_NAME, "engine": "vllm"}],
+            "hosts": [{"name": "this-host", "local": True}],
+            # A person waits: refresh every minute, and advise on windows of one.
+            "cadence": {"refresh_minutes": 1},
+            "thresholds": {"advice_window_seconds": 60},
+            "rollouts": self.policy.model_dump(mode="json", exclude_defaults=True),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header = f"# Written by `optiinfra demo --live` at each start: real HTTP servers on loopback; {_SIMULATED}.\n"
+        path.write_text(header + yaml.safe_dump(fleet, sort_keys=False), encoding="utf-8")
+
+    # --- parts -----------------------------------------------------------------------------------------
+
+    def _settings(self, ports: list[int]) -> HaproxySettings:
+        names = [f"chat-a{index}" for index in range(STABLE)] + [f"chat-b{index}" for index in range(CANDIDATES)]
+        servers = [
+            HaproxyServer(
+                server=name,
+                url=f"http://127.0.0.1:{port}",
+                metrics_url=f"http://127.0.0.1:{metrics_port(port)}/metrics",
+            )
+            for name, port in zip(names, ports, strict=True)
+        ]
+        # A socket's path may hold 107 bytes: a home deep in the tree would not fit.
+        socket_file = Path(tempfile.mkdtemp(prefix="optiinfra-")) / "gateway.sock"
+        base = [f"--{flag}={value}" for flag, value in FLAGS.items()]
+        fixed = ["--block-size=32", f"--speedup-ratio={SPEEDUP_RATIO}", *base]
+        module = [sys.executable, "-m", "resources.demo.live.replica", "--port", "{port}"]
+        return HaproxySettings(
+            socket=str(socket_file),
+            backend=DEPLOYMENT,
+            state_file=str(self.folder / "gateway.state"),
+            stable=tuple(servers[:STABLE]),
+            candidates=tuple(servers[STABLE:]),
+            # What {flags} says comes last and wins.
+            launch=(
+                *module,
+                *("--model", str(self.folder / "model"), "--folder", str(self.folder / "replicas")),
+                *(*fixed, "{flags}"),
+            ),
+            drain_seconds=20.0,
+        )
+
+    def _wait_until_ready(self, server: HaproxyServer) -> None:
+        until = time.monotonic() + READY_SECONDS
+        while not completes(server.url):
+            if time.monotonic() > until or not self.launcher.is_alive(server.server):
+                log = self.launcher.log_path(server.server)
+                raise LiveDemoError(f"replica {server.server} did not start; its log is {log}")
+            time.sleep(0.2)
+
+    def _passes(self) -> bool:
+        return completes(self.url)
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(_LOOK_SECONDS):
+            self._supervisor.poll()
+
+    def _end(self) -> None:
+        self._supervisor.stop()
+        for one in self.servers:
+            self.launcher.stop(one.server, 5.0)
+        shutil.rmtree(Path(self.settings.socket).parent, ignore_errors=True)
+
+
+def completes(url: str) -> bool:
+    """Whether a server answers one real request."""
+    body = {"model": MODEL_NAME, "prompt": "Say yes.", "max_tokens": 1}
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.post(f"{url}/v1/completions", json=body, timeout=10.0, trust_env=False).status_code == 200
+    return False
+
+
+def clear_home(home: Path, rollouts_dir: Path) -> None:
+    """Empty the live demo's own state folder: each demo begins anew. Ends replicas that a killed demo left behind.
+
+    LiveDemoError for a folder that holds something and was not made by a live demo.
+    """
+    if home.exists() and any(home.iterdir()):
+        if not (home / MARKER).exists():
+            raise LiveDemoError(f"{home} holds something that is no live demo; choose another folder with --home")
+        launcher = LocalLauncher(rollouts_dir / "haproxy" / "replicas")
+        for known in sorted((rollouts_dir / "haproxy" / "replicas").glob("*.json")):
+            launcher.stop(known.stem, 2.0)
+        shutil.rmtree(home)
+    home.mkdir(parents=True, exist_ok=True)
+    (home / MARKER).touch()
+
+
+def _free_ports(replicas: int) -> list[int]:
+    """A port for the gateway and, for each replica, one whose successor is free too; from a random place on."""
+    found: list[int] = []
+    first = random.randrange(*_PORTS)
+    with contextlib.ExitStack() as stack:
+        for place in range(0, _PORTS[1] - _PORTS[0], 2):
+            port = _PORTS[0] + (first - _PORTS[0] + place) % (_PORTS[1] - _PORTS[0])
+            with contextlib.suppress(OSError):
+                for one in (port, metrics_port(port)):
+                    stack.enter_context(socket.create_server(("127.0.0.1", one)))
+                found.append(port)
+            if len(found) > replicas:
+                return found
+    raise LiveDemoError(f"fewer than {replicas + 1} pairs of ports are free between {_PORTS[0]} and {_PORTS[1]}")
