@@ -1,4 +1,4 @@
-"""A real HAProxy on loopback before small HTTP servers, and clients that count what they lose."""
+"""A real gateway on loopback, HAProxy or the built-in, before small HTTP servers; clients that count what they lose."""
 
 import http.client
 import shutil
@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from optiinfra_pipelines.domain.rollout_policy import HaproxyServer, HaproxySettings
+from resources.demo.live.gateways import GatewayKind, gateway_command
 from resources.rollouts.local_launcher import LocalLauncher
 
 FAKE_ENGINE = Path(__file__).parent / "fake_engine.py"
@@ -52,10 +53,11 @@ def free_ports(count: int) -> list[int]:
 
 
 class Gateway:
-    """HAProxy with stable servers that run and candidate servers that nobody has started."""
+    """A gateway with stable servers that run and candidate servers that nobody has started."""
 
-    def __init__(self, folder: Path, stable: int, candidates: int) -> None:
+    def __init__(self, folder: Path, stable: int, candidates: int, kind: GatewayKind = "haproxy") -> None:
         self.folder = folder
+        self.kind = kind
         self.port, *ports = free_ports(1 + stable + candidates)
         names = [f"s{index}" for index in range(stable)] + [f"c{index}" for index in range(candidates)]
         self.servers = [
@@ -91,12 +93,16 @@ class Gateway:
         self.start()
 
     def start(self) -> None:
-        """Start HAProxy and wait until a request passes."""
-        assert HAPROXY is not None
-        self.process = subprocess.Popen([HAPROXY, "-W", "-db", "-f", str(self.config)], stderr=subprocess.DEVNULL)
+        """Start the gateway and wait until a request passes."""
+        if self.kind == "builtin":
+            command = gateway_command("builtin", self.settings, self.port, self.folder)
+        else:
+            assert HAPROXY is not None
+            command = [HAPROXY, "-W", "-db", "-f", str(self.config)]
+        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         until = time.monotonic() + 15
         while request(self.port) is None:
-            assert time.monotonic() < until, "no request passes HAProxy"
+            assert time.monotonic() < until, "no request passes the gateway"
             time.sleep(0.05)
 
     def kill(self) -> None:
