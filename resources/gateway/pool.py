@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from optiinfra_pipelines.domain.fleet import Frozen, Name
+from optiinfra_pipelines.domain.base import Frozen, Name
 
 # HAProxy's weights are whole and end at 256; what sets them speaks to both.
 MAX_WEIGHT = 256
