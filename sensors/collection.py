@@ -36,6 +36,19 @@ class _SinceReport:
     ticks: int = 0
     spooled: int = 0
     slowest_seconds: float = 0.0
+    longest_gap_seconds: float = 0.0
+    last_started: float | None = None
+
+    def begin(self, started: float) -> None:
+        """A tick begins; started: seconds of a clock that is never set."""
+        if self.last_started is not None:
+            self.longest_gap_seconds = max(self.longest_gap_seconds, started - self.last_started)
+        self.last_started = started
+
+    def clear(self) -> None:
+        """What was reported counts no more."""
+        self.rows.clear()
+        self.ticks, self.spooled, self.slowest_seconds, self.longest_gap_seconds = 0, 0, 0.0, 0.0
 
 
 def collection_sensors(collectors: Collectors, warehouse: Warehouse, collect_seconds: int) -> list[dg.SensorDefinition]:
@@ -69,6 +82,7 @@ def _sensor(
     def evaluate(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         now = clock()
         started = time.perf_counter()
+        since.begin(started)
         frames = collect(now)
         try:
             stored = warehouse.append(f"{name}-{now:%Y%m%dT%H%M%S.%fZ}", frames)
@@ -85,8 +99,7 @@ def _sensor(
         if context.cursor and json.loads(context.cursor)["reported_minute"] == minute:
             return dg.SkipReason(done)
         events = _materializations(name, frames, since, is_first=context.cursor is None)
-        since.rows.clear()
-        since.ticks, since.spooled, since.slowest_seconds = 0, 0, 0.0
+        since.clear()
         return dg.SensorResult(
             asset_events=events, cursor=json.dumps({"reported_minute": minute}), skip_reason=dg.SkipReason(done)
         )
@@ -111,6 +124,7 @@ def _materializations(
     tick: dict[str, Metadata] = {
         "ticks": since.ticks,
         "slowest_tick_seconds": round(since.slowest_seconds, 4),
+        "longest_gap_seconds": round(since.longest_gap_seconds, 2),
         "spooled_ticks": since.spooled,
         **_health(name, frames),
     }

@@ -45,14 +45,12 @@ def test_the_newest_report_of_each_asset_survives(instance: dg.DagsterInstance) 
     assert later(instance, 3).events == 0
 
 
-def test_old_refreshes_go_with_their_files_but_the_run_behind_an_asset_stays(instance: dg.DagsterInstance) -> None:
-    for _ in range(3):
-        refresh_job(REFRESH_TAG).execute_in_process(instance=instance)
-    runs_folder = Path(instance.root_directory) / "history" / "runs"
-    assert len(list(runs_folder.glob("*-*.db"))) == 3
+def test_old_refreshes_go_with_their_events_but_the_run_behind_an_asset_stays(instance: dg.DagsterInstance) -> None:
+    runs = [refresh_job(REFRESH_TAG).execute_in_process(instance=instance).run_id for _ in range(3)]
 
     assert later(instance, 2).runs == 2
-    assert len(instance.get_runs()) == len(list(runs_folder.glob("*-*.db"))) == 1
+    assert [run.run_id for run in instance.get_runs()] == runs[-1:]
+    assert [bool(instance.all_logs(run_id)) for run_id in runs] == [False, False, True]
     assert instance.get_latest_materialization_event(dg.AssetKey("made")) is not None
 
 

@@ -1,8 +1,9 @@
-"""Bound Dagster's own storage: it keeps events for ever and a database file per run.
+"""Bound Dagster's own storage: it keeps events for ever.
 
 Here: deleting old ticks, run-less events and finished refresh runs. What is never deleted: the newest event of each
 asset, the run that holds it, and every run that is not marked as a refresh (rollouts, rebuilds, what a person
-launched). Uses two tables of Dagster's SQLite storage that have no public API; a test holds them.
+launched). Uses two tables of Dagster's SQLite storage that have no public API; a test holds them. A database file does
+not shrink: what is deleted makes room for what comes.
 """
 
 from __future__ import annotations
@@ -17,14 +18,13 @@ import dagster as dg
 import sqlalchemy as sa
 from dagster._core.scheduler.instigation import TickStatus
 from dagster._core.storage.event_log.schema import AssetCheckExecutionsTable, SqlEventLogStorageTable
-from dagster._core.storage.event_log.sqlite.sqlite_event_log import SqliteEventLogStorage
+
+from resources.dagster_home.storage import LeanEventLogStorage
 
 # Runs that carry this tag may be forgotten: what they made is in the warehouse.
 REFRESH_TAG = {"optiinfra/kind": "refresh"}
 # Runs deleted by one call: each costs about 10 ms and the job should not hold a slot for long.
 MAX_RUNS = 2000
-# What the automation sensor saw at each look, 10 kB an asset: of interest while one wonders why nothing runs.
-KEEP_EVALUATIONS = timedelta(hours=2)
 
 _FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
 _RUNLESS_TYPES = ("ASSET_MATERIALIZATION", "ASSET_OBSERVATION", "FRESHNESS_STATE_CHANGE")
@@ -44,19 +44,17 @@ class Pruned:
 def prune(instance: dg.DagsterInstance, *, now: datetime, keep: timedelta, keep_failures: timedelta) -> Pruned:
     """Delete history older than `keep` (failed ticks and runs: older than `keep_failures`).
 
-    Raises TypeError when the instance does not store in SQLite: other stores have retention of their own.
+    Raises TypeError when the instance does not store as ours does: other stores have retention of their own.
     """
     storage = instance.event_log_storage
-    if not isinstance(storage, SqliteEventLogStorage):
-        raise TypeError(f"pruning knows SQLite storage only, this instance uses {type(storage).__name__}")
+    if not isinstance(storage, LeanEventLogStorage):
+        raise TypeError(f"pruning knows our own SQLite storage only, this instance uses {type(storage).__name__}")
     home = Path(instance.root_directory)
     before = folder_bytes(home)
     cutoff = now - keep
     _prune_ticks(instance, cutoff, now - keep_failures)
-    if instance.schedule_storage is not None:
-        instance.schedule_storage.purge_asset_evaluations((now - min(keep, KEEP_EVALUATIONS)).timestamp())
     events = _prune_runless_events(storage, cutoff)
-    runs = _prune_runs(instance, storage, cutoff, now - keep_failures)
+    runs = _prune_runs(instance, cutoff, now - keep_failures)
     checks = _prune_check_results(storage, cutoff)
     return Pruned(events, runs, checks, before, folder_bytes(home))
 
@@ -82,8 +80,7 @@ def _prune_ticks(instance: dg.DagsterInstance, cutoff: datetime, failure_cutoff:
         instance.purge_ticks(origin, selector, failure_cutoff.timestamp(), [TickStatus.FAILURE])
 
 
-def _prune_runless_events(storage: SqliteEventLogStorage, cutoff: datetime) -> int:
-    """Dagster stores a run-less event twice: in the index and in a shard of its own."""
+def _prune_runless_events(storage: LeanEventLogStorage, cutoff: datetime) -> int:
     table = SqlEventLogStorageTable
     newest = (
         sa.select(sa.func.max(table.c.id))
@@ -97,15 +94,10 @@ def _prune_runless_events(storage: SqliteEventLogStorage, cutoff: datetime) -> i
         table.c.id.notin_(newest),
     )
     with storage.index_connection() as connection:
-        deleted = connection.execute(doomed).rowcount
-    with storage.run_connection("") as connection:
-        connection.execute(doomed)
-    return deleted
+        return int(connection.execute(doomed).rowcount)
 
 
-def _prune_runs(
-    instance: dg.DagsterInstance, storage: SqliteEventLogStorage, cutoff: datetime, failure_cutoff: datetime
-) -> int:
+def _prune_runs(instance: dg.DagsterInstance, cutoff: datetime, failure_cutoff: datetime) -> int:
     newest = (record.asset_entry.last_materialization for record in instance.get_asset_records())
     holders = {event.run_id for event in newest if event is not None}
     finished = dg.RunsFilter(tags=REFRESH_TAG, statuses=_FINISHED, updated_before=cutoff)
@@ -116,16 +108,14 @@ def _prune_runs(
         if run.run_id in holders or (has_failed and record.update_timestamp > failure_cutoff):
             continue
         instance.delete_run(run.run_id)
-        # Dagster empties the run's database but leaves its file, 120 kB each.
-        Path(storage.path_for_shard(run.run_id)).unlink(missing_ok=True)
         shutil.rmtree(Path(instance.storage_directory()) / run.run_id, ignore_errors=True)
         deleted += 1
     return deleted
 
 
-def _prune_check_results(storage: SqliteEventLogStorage, cutoff: datetime) -> int:
+def _prune_check_results(storage: LeanEventLogStorage, cutoff: datetime) -> int:
     table = AssetCheckExecutionsTable
     newest = sa.select(sa.func.max(table.c.id)).group_by(table.c.asset_key, table.c.check_name)
     doomed = sa.delete(table).where(table.c.create_timestamp < cutoff.replace(tzinfo=None), table.c.id.notin_(newest))
     with storage.index_connection() as connection:
-        return connection.execute(doomed).rowcount
+        return int(connection.execute(doomed).rowcount)

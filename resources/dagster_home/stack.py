@@ -15,12 +15,9 @@ import yaml
 
 from resources.dagster_home.supervisor import Child
 
-# Ticks: a tick that only stores rows counts as skipped and costs 1.5 kB; the prune job keeps fewer still.
-_RETENTION = {
-    "sensor": {"purge_after_days": {"skipped": 1, "success": 3, "failure": 7, "started": 1}},
-    "schedule": {"purge_after_days": {"skipped": 1, "success": 30, "failure": 30, "started": 1}},
-    "auto_materialize": {"purge_after_days": {"skipped": 1, "success": 3, "failure": 7, "started": 1}},
-}
+# Dagster would look for old ticks after each tick of a sensor, once per status: the hourly prune job does it for all.
+_NEVER = {"purge_after_days": -1}
+_RETENTION = {"sensor": _NEVER, "schedule": _NEVER, "auto_materialize": _NEVER}
 
 
 class PortTakenError(RuntimeError):
@@ -29,23 +26,32 @@ class PortTakenError(RuntimeError):
 
 def instance_settings(dagster_home: Path) -> dict[str, object]:
     """dagster.yaml: sensors on threads (a steady 5 s), bounded history, run monitoring, no telemetry, no dialog."""
-    storage_dir = {"base_dir": str(dagster_home)}
+    folder = {"base_dir": str(dagster_home)}
+    history = {"base_dir": str(dagster_home / "history")}
     return {
         "telemetry": {"enabled": False},
         "nux": {"enabled": False},
+        # Every event of a run is stored whatever the level; on stderr each would be said again, 16 kB per refresh.
+        "python_logs": {"python_log_level": "INFO"},
         # Without threads one slow sensor delays the others: 8 s instead of 5.
         "sensors": {"use_threads": True, "num_workers": 8},
         "retention": _RETENTION,
         "concurrency": {"runs": {"max_concurrent_runs": 4}, "pools": {"default_limit": 1, "granularity": "op"}},
         "run_monitoring": {"enabled": True, "start_timeout_seconds": 180, "max_runtime_seconds": 6 * 3600},
         "freshness": {"enabled": True},
-        "storage": {"sqlite": storage_dir},
+        "run_storage": _storage("LeanRunStorage", history),
+        "event_log_storage": _storage("LeanEventLogStorage", history),
+        "schedule_storage": _storage("LeanScheduleStorage", {"base_dir": str(dagster_home / "schedules")}),
         "local_artifact_storage": {
             "module": "dagster._core.storage.root",
             "class": "LocalArtifactStorage",
-            "config": storage_dir,
+            "config": folder,
         },
     }
+
+
+def _storage(name: str, config: dict[str, str]) -> dict[str, object]:
+    return {"module": "resources.dagster_home.storage", "class": name, "config": config}
 
 
 def prepare_home(dagster_home: Path) -> None:
