@@ -28,7 +28,9 @@ class ProposeConfig(dg.Config):
     current: dict[str, str] = Field(default_factory=dict, description="The flags as they are now, for the way back.")
     remove: list[str] = Field(default_factory=list, description="Flags to leave out.")
     target: str = Field(
-        "dry_run", description="dry_run rehearses with SIMULATED traffic and changes nothing; haproxy is real."
+        "dry_run",
+        description="dry_run rehearses with SIMULATED traffic and changes nothing; haproxy, kubernetes and "
+        "orchestrator are real and need their settings in fleet.yaml.",
     )
     percents: list[float] = Field(
         list(_PLAN.percents),

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pydantic import Field
@@ -46,9 +47,9 @@ class Capsule(Frozen):
     kind: TargetKind
     settings: DeploymentRollouts
 
-    def target(self) -> RolloutTarget:
+    def target(self, environ: Mapping[str, str]) -> RolloutTarget:
         """The target to take traffic off."""
-        return served_target(self.kind, self.settings, Path(self.root))
+        return served_target(self.kind, self.settings, Path(self.root), environ)
 
 
 def spawn(capsule: Capsule) -> int:
@@ -95,10 +96,15 @@ def look(capsule: Capsule, store: RolloutStore, target: RolloutTarget, clock: Cl
     return percent == 0
 
 
-def watch(capsule: Capsule, clock: Clock = now_here, sleep: Callable[[float], None] = time.sleep) -> None:
+def watch(
+    capsule: Capsule,
+    environ: Mapping[str, str],
+    clock: Clock = now_here,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
     """Look until there is nothing to guard. A target or a store that does not answer is asked again."""
     store = RolloutStore(Path(capsule.store), capsule.lease_seconds)
-    target = capsule.target()
+    target = capsule.target(environ)
     is_over = False
     while not is_over:
         with contextlib.suppress(TargetError, RolloutError, OSError):
@@ -107,4 +113,4 @@ def watch(capsule: Capsule, clock: Clock = now_here, sleep: Callable[[float], No
 
 
 if __name__ == "__main__":
-    watch(Capsule.model_validate(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    watch(Capsule.model_validate(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))), os.environ)

@@ -80,7 +80,7 @@ class Rollouts:
         self.root = Path(root)
         self.clock = clock
         self.store = RolloutStore(self.root / STORE_FILE, policy.lease_seconds)
-        self._environ = environ
+        self.environ = environ
         self._read_history = read_history
 
     def all(self) -> list[Rollout]:
@@ -112,7 +112,7 @@ class Rollouts:
         def in_flight(wanted: Sequence[Replica]) -> int | None:
             return requests_in_flight(scrape(wanted, self.clock().at), wanted)
 
-        target = served_target(row.proposal.target, settings, self.root, in_flight)
+        target = served_target(row.proposal.target, settings, self.root, self.environ, in_flight)
         stored = self._stored_targets(target)
         history = None
         if self._read_history is not None and stored:
@@ -205,7 +205,7 @@ class Rollouts:
             code=code,
             now=now.at,
             policy=self.policy,
-            environ=self._environ,
+            environ=self.environ,
             others=[other for other in self.store.all() if other.rollout_id != rollout_id],
         )
         if refusal is not None:

@@ -60,7 +60,6 @@ class ScrapeFeed:
         self._target = target
         self._scrape = scrape
         self._signals = signals
-        self.counts_errors = target.counts_errors
         self._look_seconds = look_seconds
         self._history = history
         self._bounds: dict[int, tuple[float, ...]] = {}
@@ -68,6 +67,10 @@ class ScrapeFeed:
         self._tracker = CountTracker()
         self._reference: _Reference | None = None
         self._last: tuple[float, Readings] | None = None
+
+    @property
+    def counts_errors(self) -> bool:
+        return self._target.counts_errors
 
     def read(self, now: Moment) -> Readings:
         """Both arms' counters now. Asked twice within half a look, it answers the same."""

@@ -36,8 +36,10 @@ class Readings:
 class Feed(Protocol):
     """Where counts come from."""
 
-    # Whether requests and failures are counted, so that the error gate can judge.
-    counts_errors: bool
+    @property
+    def counts_errors(self) -> bool:
+        """Whether requests and failures are counted, so that the error gate can judge."""
+        ...
 
     def read(self, now: Moment) -> Readings:
         """Both arms now. Never raises for a replica that does not answer: it is left out."""

@@ -17,6 +17,7 @@ from optiinfra_pipelines.domain.rollouts import PauseReason, Rollout, RolloutSta
 from optiinfra_pipelines.rollout.gate import approval_fault
 from optiinfra_pipelines.rollout.machine import Input
 from resources.rollouts.desk import Rollouts
+from resources.rollouts.orchestrators import Orchestrators
 from resources.rollouts.store import WATCHDOG, RolloutError
 from resources.rollouts.targets import TargetError
 
@@ -44,6 +45,7 @@ class Watchdog:
         self._rollouts = rollouts
         self._store = rollouts.store
         self._run_state = run_state
+        self._orchestrators = Orchestrators(rollouts)
 
     def look(self) -> list[Watched]:
         """Go over all rollouts; one that cannot be helped never keeps another from being helped."""
@@ -56,7 +58,8 @@ class Watchdog:
                 done = Watched(row.rollout_id, f"could not be helped: {error}")
             if done is not None:
                 found.append(done)
-        return found
+        # Last: an orchestrator that does not answer costs seconds, which safety must not wait for.
+        return [*found, *(Watched(said.rollout_id, said.did) for said in self._orchestrators.look())]
 
     def _watch(self, row: Rollout) -> Watched | None:
         state = row.position.state

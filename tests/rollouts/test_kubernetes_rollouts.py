@@ -189,11 +189,11 @@ def test_a_dead_man_takes_traffic_off_from_what_its_capsule_says(server: KubeSer
         settings=machine.settings,
     )
     assert Capsule.model_validate_json(capsule.model_dump_json()) == capsule
-    assert not deadman.look(capsule, machine.store, capsule.target(), machine.clock)
+    assert not deadman.look(capsule, machine.store, capsule.target({}), machine.clock)
     assert executor.target.observe().percent == 50
     machine.clock.go(31)
 
-    assert deadman.look(capsule, machine.store, capsule.target(), machine.clock)
+    assert deadman.look(capsule, machine.store, capsule.target({}), machine.clock)
     assert server.weights() == [{"chat": None, "chat-candidate": 0}]
     assert "stopped acting" in executor.step(machine.clock.go(1)).message
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from optiinfra_pipelines.domain.rollout_policy import DeploymentRollouts
@@ -12,13 +12,19 @@ from resources.rollouts.targets.base import Replica, ServedTarget, TargetError
 from resources.rollouts.targets.haproxy import HaproxyTarget
 from resources.rollouts.targets.kubernetes.api import KubeApi
 from resources.rollouts.targets.kubernetes.target import KubernetesTarget
+from resources.rollouts.targets.orchestrator.client import OrchestratorClient
+from resources.rollouts.targets.orchestrator.target import OrchestratorTarget
 
 # Requests in flight at some replicas by their own pages; None: they do not tell.
 InFlight = Callable[[Sequence[Replica]], int | None]
 
 
 def served_target(
-    kind: TargetKind, settings: DeploymentRollouts, root: Path, in_flight: InFlight = lambda _: None
+    kind: TargetKind,
+    settings: DeploymentRollouts,
+    root: Path,
+    environ: Mapping[str, str],
+    in_flight: InFlight = lambda _: None,
 ) -> ServedTarget:
     """Make it. root: folder of the rollouts' state. TargetError when the deployment has no settings of this kind."""
     if kind == "haproxy" and settings.haproxy is not None:
@@ -26,4 +32,7 @@ def served_target(
         return HaproxyTarget(settings.haproxy, folder, LocalLauncher(folder / "replicas"))
     if kind == "kubernetes" and settings.kubernetes is not None:
         return KubernetesTarget(settings.kubernetes, KubeApi(settings.kubernetes), in_flight)
+    if kind == "orchestrator" and settings.orchestrator is not None:
+        name = settings.orchestrator.deployment or settings.deployment
+        return OrchestratorTarget(settings.orchestrator, name, OrchestratorClient(settings.orchestrator, environ))
     raise TargetError(f"deployment {settings.deployment} has no {kind} settings; describe it there, or use dry_run")

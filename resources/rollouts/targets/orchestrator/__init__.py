@@ -1,0 +1,1 @@
+"""Rollouts through an orchestrator that speaks docs/orchestrator.openapi.yaml: `client` asks, `target` acts."""
