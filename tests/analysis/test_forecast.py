@@ -56,7 +56,8 @@ def test_a_load_that_returns_to_its_mean_is_forecast_better_than_the_last_value(
     kept = found.drop_nulls(["actual", "p50"])
     error = (kept["actual"] - kept["p50"]).abs().sum()
     naive = (kept["actual"] - kept["persistence"]).abs().sum()
-    assert set(kept["model"]) <= {"linear", "linear_half"}
+    assert set(kept["model"]) <= {"linear", "linear_total", "persistence"}
+    assert (kept["skill_ratio"] > 0).all()
     assert error < 0.95 * naive
     assert 0.84 <= (kept["actual"] <= kept["p90"]).to_numpy().mean() <= 0.96
     assert (kept["p10"] <= kept["p50"]).all()
@@ -88,7 +89,7 @@ def test_a_forecast_knows_nothing_of_what_comes_after_its_origin() -> None:
     ]  # fmt: skip
     same = [name for name in FORECAST_SCHEMA if name != "burst_ratio"]
     assert made[0].select(same).equals(made[1].select(same))
-    assert made[0]["model"].is_in(["linear", "linear_half", "boosted", "boosted_half"]).any()
+    assert made[0]["model"].is_in(["linear", "linear_total", "boosted"]).any()
 
 
 def test_a_rolling_forecast_is_what_a_forecast_at_that_time_was() -> None:

@@ -1,10 +1,10 @@
 """Forecast load series with a stated skill over persistence, and fall back to persistence where none is shown.
 
-Pure: frames in, frames out; the clock is the last row. Per series and horizon the candidates of `models` are
-scored on rolling origins of a validation stretch that they were not fitted on; the winner must beat persistence by
-more than its own uncertainty there. P10 and P90 are conformal: quantiles of actual / forecast on those same origins.
-Skill, coverage and the winner are columns, not claims. One fit serves all series of a call; refit when a day is new,
-not at every origin (`rolling_forecasts`).
+Pure: frames in, frames out; the clock is the last row. Per series and horizon the candidates of `models` forecast the
+rolling origins of a validation stretch that they were not fitted on; `blend` mixes them by what each cost there, and
+the mix is taken where it beat persistence, else persistence. P10 and P90 are conformal: quantiles of actual / forecast
+on those same origins. Skill, coverage and the heaviest candidate are columns, not claims. One fit serves all series of
+a call; refit when a day is new, not at every origin (`rolling_forecasts`).
 """
 
 from __future__ import annotations
@@ -15,18 +15,23 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
+from optiinfra_pipelines.analysis.forecast.blend import blended
 from optiinfra_pipelines.analysis.forecast.models import REACH, Bools, Boosted, Floats, Ints, Linear
 from optiinfra_pipelines.analysis.forecast.panel import Panel, make_panel
 
 VALIDATION_STEPS = 288  # two days of 10-minute steps: the same window conformal factors were measured with
 MIN_ORIGINS = 72  # under half a day of origins neither skill nor a P90 can be told
 TOP_MEMBERS = 40  # beyond these the rest is smooth; 20 and 80 did no better on the public fleets
-# Persistence is left only for a gain this many standard errors over zero (blocks of 12 steps against autocorrelation).
-SKILL_SIGMAS = 2.0
+# Persistence is left for a gain this many standard errors over zero (blocks of 12 steps against autocorrelation). The
+# mix holds persistence already: over 12 series and horizons of the public fleets two errors cost a tenth of the skill,
+# and none let one series fall 1 % behind.
+SKILL_SIGMAS = 0.5
 BLOCK_STEPS = 12
 QUANTILES = (0.1, 0.9)
 ADAPTATION = 0.01  # about a hundred origins to follow a change
-CANDIDATES = ("persistence", "linear", "linear_half", "boosted", "boosted_half")
+CANDIDATES = ("persistence", "linear", "linear_total", "boosted")
+# A candidate that no series gives this much weight is not fitted again.
+MIN_WEIGHT = 0.02
 
 FORECAST_SCHEMA = pl.Schema(
     {
@@ -36,7 +41,7 @@ FORECAST_SCHEMA = pl.Schema(
         "p10": pl.Float64,
         "p50": pl.Float64,
         "p90": pl.Float64,
-        "model": pl.String,  # one of CANDIDATES; NULL in an abstention
+        "model": pl.String,  # the heaviest of CANDIDATES in the mix; NULL in an abstention
         "skill_ratio": pl.Float64,  # 1 - its error / persistence's, on the validation origins; 0 for persistence
         "coverage_ratio": pl.Float64,  # share of validation origins at or under their P90, factors from the others
         "origins": pl.Int64,  # validation origins all this stands on
@@ -47,20 +52,36 @@ FORECAST_SCHEMA = pl.Schema(
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """Models of one horizon fitted on all steps before `until`, with what the validation showed per series."""
+class Models:
+    """The candidates of one horizon, fitted on all steps before some origin."""
 
     ahead: int
-    until: int
-    load: Floats
-    owner: Ints
+    load: Floats  # (time, component)
+    owner: Ints  # series of each component
     linear: Linear | None
+    total: Linear | None  # on the series themselves; None where no series has members
     boosted: Boosted | None
-    chosen: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Models fitted on all steps before `until`, with what the validation showed per series."""
+
+    models: Models
+    until: int
+    first: int  # first validation origin
+    names: tuple[str, ...]  # candidates, in the order of the last axis of made and weights
+    made: Floats  # (validation origin, series, candidate) of models fitted before the validation
+    weights: Floats  # (series, candidate) for origins from here on
+    is_mixed: Bools  # per series; False: persistence
     skill: Floats
     coverage: Floats
-    ratios: Floats  # (validation origin, series) actual / forecast of the chosen; nan in gaps
+    ratios: Floats  # (validation origin, series) actual / forecast; nan in gaps and where not known yet
     origins: Ints  # validation origins counted per series
+
+    @property
+    def ahead(self) -> int:
+        return self.models.ahead
 
 
 def _components(panel: Panel, until: int) -> tuple[Floats, Bools, Ints]:
@@ -87,36 +108,46 @@ def _summed(parts: Floats, owner: Ints, series: int) -> Floats:
     return total
 
 
-def _predictions(fitted: Fitted, panel: Panel, origins: Ints) -> dict[str, Floats]:
-    """Each candidate's forecasts, (origin, series)."""
+def _predictions(models: Models, panel: Panel, origins: Ints, names: Sequence[str] = CANDIDATES) -> dict[str, Floats]:
+    """Forecasts of each candidate there is, (origin, series)."""
     present = panel.load[origins]
     made = {"persistence": present}
-    for name, model in (("linear", fitted.linear), ("boosted", fitted.boosted)):
-        if model is not None:
-            made[name] = _summed(model.predict(fitted.load, origins), fitted.owner, present.shape[1])
-            made[f"{name}_half"] = (made[name] + present) / 2
+    for name, model in (("linear", models.linear), ("linear_total", models.total), ("boosted", models.boosted)):
+        if model is None or name not in names:
+            continue
+        if name == "linear_total":
+            made[name] = model.predict(panel.load, origins)
+        else:
+            made[name] = _summed(model.predict(models.load, origins), models.owner, present.shape[1])
     return made
 
 
-def _fit_models(panel: Panel, ahead: int, until: int, with_boosting: bool, seed: int) -> Fitted:
+def _fit_models(panel: Panel, ahead: int, until: int, names: Sequence[str], seed: int) -> Models:
     load, usable, owner = _components(panel, until)
-    enough = until - ahead > 2 * REACH
-    none = np.full(panel.load.shape[1], np.nan)
-    return Fitted(
-        ahead=ahead,
-        until=until,
-        load=load,
-        owner=owner,
-        linear=Linear.fit(load, usable, ahead, until) if enough else None,
-        boosted=Boosted.fit(load, usable, ahead, until, panel.steps_per_day, seed)
-        if enough and with_boosting
-        else None,
-        chosen=(),
-        skill=none,
-        coverage=none,
-        ratios=np.empty((0, panel.load.shape[1])),
-        origins=np.zeros(panel.load.shape[1], dtype=np.int64),
+    if until - ahead <= 2 * REACH:
+        return Models(ahead, load, owner, None, None, None)
+    with_total = "linear_total" in names and bool(panel.members)
+    return Models(
+        ahead,
+        load,
+        owner,
+        Linear.fit(load, usable, ahead, until) if "linear" in names else None,
+        Linear.fit(panel.load, panel.known, ahead, until) if with_total else None,
+        Boosted.fit(load, usable, ahead, until, panel.steps_per_day, seed) if "boosted" in names else None,
     )
+
+
+def _outcomes(panel: Panel, origins: Ints, ahead: int, until: int) -> Floats:
+    """(origin, series): what came `ahead` steps after each origin; nan in gaps and where that is not before `until`."""
+    targets = np.minimum(origins + ahead, len(panel.at) - 1)
+    usable = panel.known[origins] & panel.known[targets] & (origins + ahead < until)[:, None]
+    return np.where(usable, panel.load[targets], np.nan)
+
+
+def _ratios(actual: Floats, points: Floats) -> Floats:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = actual / points
+    return np.where(np.isfinite(ratio), ratio, np.nan)
 
 
 def fit_forecaster(
@@ -128,48 +159,43 @@ def fit_forecaster(
     boosting: bool = True,
     seed: int = 1,
 ) -> Fitted:
-    """Choose per series on the last validation_steps before `until`, then fit the chosen on everything before it."""
-    start = max(until - validation_steps - ahead, 0)
-    trial = _fit_models(panel, ahead, start, boosting, seed)
-    origins = np.arange(start, max(until - ahead, start))
+    """Weigh candidates per series on the last validation_steps before `until`, then fit them on all before it."""
+    first = max(until - validation_steps - ahead, 0)
+    wanted = [name for name in CANDIDATES if boosting or name != "boosted"]
+    trial = _fit_models(panel, ahead, first, wanted, seed)
+    origins = np.arange(first, until)
+    guesses = _predictions(trial, panel, origins)
+    names = tuple(guesses)
+    made = np.stack(list(guesses.values()), axis=-1)
+    actual = _outcomes(panel, origins, ahead, until)
+    mix, weights = blended(made, actual, ahead)
     series = panel.load.shape[1]
-    scored = panel.known[origins] & panel.known[origins + ahead]
-    actual = panel.load[origins + ahead]
-    made = _predictions(trial, panel, origins) if len(origins) else {}
-    chosen, skill, coverage = [], np.full(series, np.nan), np.full(series, np.nan)
-    ratios = np.full((len(origins), series), np.nan)
+    skill, coverage, is_mixed = np.zeros(series), np.full(series, np.nan), np.zeros(series, dtype=np.bool_)
+    scored = np.isfinite(actual)
     for index in range(series):
         rows = scored[:, index]
-        errors = {name: np.abs(actual[rows, index] - values[rows, index]) for name, values in made.items()}
-        name, gained = _choose(errors)
-        chosen.append(name)
-        if not rows.any():
-            continue
-        skill[index] = gained
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = actual[rows, index] / made[name][rows, index]
-        ratios[rows, index] = np.where(np.isfinite(ratio), ratio, np.nan)
-        coverage[index] = _coverage(ratios[rows, index])
-    final = _fit_models(panel, ahead, until, boosting and any("boosted" in name for name in chosen), seed)
+        came = actual[rows, index]
+        skill[index] = _shown(np.abs(came - mix[rows, index]), np.abs(came - made[rows, index, 0]))
+        is_mixed[index] = skill[index] > 0
+    ratios = _ratios(actual, np.where(is_mixed, mix, made[:, :, 0]))
+    for index in range(series):
+        coverage[index] = _coverage(ratios[scored[:, index], index])
+    kept = [name for at, name in enumerate(names) if (weights[-1, is_mixed, at] >= MIN_WEIGHT).any()]
     return Fitted(
-        ahead, until, final.load, final.owner, final.linear, final.boosted, tuple(chosen), skill, coverage, ratios,
-        scored.sum(axis=0),
+        models=_fit_models(panel, ahead, until, kept, seed), until=until, first=first, names=names, made=made,
+        weights=weights[-1], is_mixed=is_mixed, skill=skill, coverage=coverage, ratios=ratios,
+        origins=scored.sum(axis=0),
     )  # fmt: skip
 
 
-def _choose(errors: dict[str, Floats]) -> tuple[str, float]:
-    """The candidate with the least error if it beats persistence beyond doubt, else persistence; and its skill."""
-    naive = errors.get("persistence", np.empty(0))
+def _shown(error: Floats, naive: Floats) -> float:
+    """Share of persistence's error that the mix saves where it does so beyond doubt; else 0."""
     if len(naive) < MIN_ORIGINS or not naive.sum() > 0:
-        return "persistence", 0.0
-    best, gained = "persistence", 0.0
-    for name, error in errors.items():
-        skill = 1 - float(error.sum() / naive.sum())
-        blocks = (naive - error)[: len(naive) // BLOCK_STEPS * BLOCK_STEPS].reshape(-1, BLOCK_STEPS).sum(axis=1)
-        doubt = float(blocks.std(ddof=1) * np.sqrt(len(blocks)) / naive.sum())
-        if skill > max(gained, SKILL_SIGMAS * doubt):
-            best, gained = name, skill
-    return best, gained
+        return 0.0
+    skill = 1 - float(error.sum() / naive.sum())
+    blocks = (naive - error)[: len(naive) // BLOCK_STEPS * BLOCK_STEPS].reshape(-1, BLOCK_STEPS).sum(axis=1)
+    doubt = float(blocks.std(ddof=1) * np.sqrt(len(blocks)) / naive.sum())
+    return skill if skill > SKILL_SIGMAS * doubt else 0.0
 
 
 def _factor(ratios: Floats, quantile: float) -> float:
@@ -206,22 +232,24 @@ def _coverage(ratios: Floats) -> float:
 
 def predict(fitted: Fitted, panel: Panel, origin: int) -> pl.DataFrame:
     """Forecasts of all series from step `origin` (FORECAST_SCHEMA)."""
-    points = _chosen_points(fitted, _predictions(fitted, panel, np.array([origin])))[0]
-    return _stated(fitted, panel, origin, points, fitted.ratios)
+    made = _aligned(fitted, _predictions(fitted.models, panel, np.array([origin])))
+    points = np.where(fitted.is_mixed, (made[0] * fitted.weights).sum(axis=1), made[0, :, 0])
+    return _stated(fitted, panel, origin, points, fitted.weights, fitted.ratios)
 
 
-def _chosen_points(fitted: Fitted, made: dict[str, Floats]) -> Floats:
-    """(origin, series): the forecasts of each series' chosen candidate."""
-    return np.column_stack([made.get(name, made["persistence"])[:, i] for i, name in enumerate(fitted.chosen)])
+def _aligned(fitted: Fitted, made: dict[str, Floats]) -> Floats:
+    """(origin, series, candidate) in the order of the fit; persistence stands in for what was not fitted again."""
+    return np.stack([made.get(name, made["persistence"]) for name in fitted.names], axis=-1)
 
 
-def _stated(fitted: Fitted, panel: Panel, origin: int, points: Floats, ratios: Floats) -> pl.DataFrame:
+def _stated(fitted: Fitted, panel: Panel, origin: int, points: Floats, weights: Floats, ratios: Floats) -> pl.DataFrame:
     """Points with their interval and standing. ratios: actual / forecast of outcomes known at the origin, in order."""
     rows = []
     for index, name in enumerate(panel.names):
         reason = _refusal(fitted, panel, origin, index)
         known = reason is None
-        model, point = fitted.chosen[index], float(points[index])
+        shares = dict(zip(fitted.names, weights[index].tolist(), strict=True)) if fitted.is_mixed[index] else {}
+        model, point = max(shares, key=lambda one: shares[one], default="persistence"), float(points[index])
         low, high = (_factor(ratios[:, index], quantile) for quantile in QUANTILES) if known else (1.0, 1.0)
         rows.append(
             {
@@ -236,7 +264,7 @@ def _stated(fitted: Fitted, panel: Panel, origin: int, points: Floats, ratios: F
                 "coverage_ratio": fitted.coverage[index] if known else None,
                 "origins": int(fitted.origins[index]),
                 "burst_ratio": panel.burst_ratio[index],
-                "reason": reason or _why(model, fitted.skill[index]),
+                "reason": reason or _why(shares, fitted.skill[index]),
             }
         )
     return pl.DataFrame(rows, schema=FORECAST_SCHEMA).with_columns(pl.col(pl.Float64).fill_nan(None))
@@ -250,10 +278,11 @@ def _refusal(fitted: Fitted, panel: Panel, origin: int, index: int) -> str | Non
     return None
 
 
-def _why(model: str, skill: float) -> str:
-    if model == "persistence":
+def _why(shares: dict[str, float], skill: float) -> str:
+    if not shares:
         return "no candidate beat the last value beyond doubt"
-    return f"{skill:.1%} less error than the last value on the validation origins"
+    parts = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items(), key=lambda one: -one[1]))
+    return f"{skill:.1%} less error than the last value on the validation origins; now {parts}"
 
 
 def forecast(
@@ -303,20 +332,19 @@ def rolling_forecasts(
     for start in range(first_origin, len(panel.at) - ahead, refit_steps):
         fitted = fit_forecaster(panel, ahead, start + 1, boosting=boosting, seed=seed)
         origins = np.arange(start, min(start + refit_steps, len(panel.at) - ahead))
-        # From the first origin whose outcome is not in the fit's own validation.
-        first = max(start + 1 - ahead, 0)
-        points = _chosen_points(fitted, _predictions(fitted, panel, np.arange(first, int(origins[-1]) + 1)))
-        targets = np.arange(first, int(origins[-1]) + 1) + ahead
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = panel.load[targets] / points
-        usable = panel.known[targets] & panel.known[targets - ahead] & np.isfinite(ratio)
-        ratio = np.where(usable, ratio, np.nan)
-        for origin in origins:
-            came = ratio[: origin + 1 - ahead - first]  # outcomes after the fit that are known at this origin
-            recent = np.concatenate([fitted.ratios, came])[-max(len(fitted.ratios), 1) :]
+        every = np.arange(fitted.first, int(origins[-1]) + 1)
+        later = _aligned(fitted, _predictions(fitted.models, panel, origins))
+        made = np.concatenate([fitted.made[:-1], later])  # the fit's own last origin is the first of these
+        mix, weights = blended(made, _outcomes(panel, every, ahead, int(origins[-1]) + 1), ahead)
+        points = np.where(fitted.is_mixed, mix, made[:, :, 0])
+        ratio = _ratios(_outcomes(panel, every, ahead, len(panel.at)), points)
+        for place, origin in enumerate(origins.tolist(), start=len(fitted.made) - 1):
+            known = ratio[: max(place + 1 - ahead, 0)]  # outcomes that are known at this origin
             both = panel.known[origin] & panel.known[origin + ahead]
             frames.append(
-                _stated(fitted, panel, int(origin), points[origin - first], recent).with_columns(
+                _stated(
+                    fitted, panel, origin, points[place], weights[place], known[-max(len(fitted.ratios) - ahead, 1) :]
+                ).with_columns(
                     actual=pl.Series(np.where(both, panel.load[origin + ahead], np.nan)).fill_nan(None),
                     persistence=pl.Series(np.where(both, panel.load[origin], np.nan)).fill_nan(None),
                 )
