@@ -10,7 +10,7 @@ a call; refit when a day is new, not at every origin (`rolling_forecasts`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -170,13 +170,10 @@ def fit_forecaster(
     actual = _outcomes(panel, origins, ahead, until)
     mix, weights = blended(made, actual, ahead)
     series = panel.load.shape[1]
-    skill, coverage, is_mixed = np.zeros(series), np.full(series, np.nan), np.zeros(series, dtype=np.bool_)
+    coverage = np.full(series, np.nan)
     scored = np.isfinite(actual)
-    for index in range(series):
-        rows = scored[:, index]
-        came = actual[rows, index]
-        skill[index] = _shown(np.abs(came - mix[rows, index]), np.abs(came - made[rows, index, 0]))
-        is_mixed[index] = skill[index] > 0
+    skill = _skill(actual, mix, made[:, :, 0])
+    is_mixed = skill > 0
     ratios = _ratios(actual, np.where(is_mixed, mix, made[:, :, 0]))
     for index in range(series):
         coverage[index] = _coverage(ratios[scored[:, index], index])
@@ -188,14 +185,19 @@ def fit_forecaster(
     )  # fmt: skip
 
 
-def _shown(error: Floats, naive: Floats) -> float:
-    """Share of persistence's error that the mix saves where it does so beyond doubt; else 0."""
-    if len(naive) < MIN_ORIGINS or not naive.sum() > 0:
-        return 0.0
-    skill = 1 - float(error.sum() / naive.sum())
-    blocks = (naive - error)[: len(naive) // BLOCK_STEPS * BLOCK_STEPS].reshape(-1, BLOCK_STEPS).sum(axis=1)
-    doubt = float(blocks.std(ddof=1) * np.sqrt(len(blocks)) / naive.sum())
-    return skill if skill > SKILL_SIGMAS * doubt else 0.0
+def _skill(actual: Floats, mix: Floats, naive: Floats) -> Floats:
+    """Per series, the share of persistence's error that the mix saves where it does so beyond doubt; else 0."""
+    shown = np.zeros(actual.shape[1])
+    for index in range(actual.shape[1]):
+        rows = np.isfinite(actual[:, index])
+        error, other = (np.abs(actual[rows, index] - made[rows, index]) for made in (mix, naive))
+        if len(other) < MIN_ORIGINS or not other.sum() > 0:
+            continue
+        skill = 1 - float(error.sum() / other.sum())
+        blocks = (other - error)[: len(other) // BLOCK_STEPS * BLOCK_STEPS].reshape(-1, BLOCK_STEPS).sum(axis=1)
+        doubt = float(blocks.std(ddof=1) * np.sqrt(len(blocks)) / other.sum())
+        shown[index] = skill if skill > SKILL_SIGMAS * doubt else 0.0
+    return shown
 
 
 def _factor(ratios: Floats, quantile: float) -> float:
@@ -336,15 +338,18 @@ def rolling_forecasts(
         later = _aligned(fitted, _predictions(fitted.models, panel, origins))
         made = np.concatenate([fitted.made[:-1], later])  # the fit's own last origin is the first of these
         mix, weights = blended(made, _outcomes(panel, every, ahead, int(origins[-1]) + 1), ahead)
-        points = np.where(fitted.is_mixed, mix, made[:, :, 0])
-        ratio = _ratios(_outcomes(panel, every, ahead, len(panel.at)), points)
+        actual = _outcomes(panel, every, ahead, len(panel.at))
+        window = max(len(fitted.ratios) - ahead, 1)
         for place, origin in enumerate(origins.tolist(), start=len(fitted.made) - 1):
-            known = ratio[: max(place + 1 - ahead, 0)]  # outcomes that are known at this origin
+            # What is known at this origin, as long as the fit's own validation: it decides anew whether to mix.
+            known = slice(max(place + 1 - ahead - window, 0), max(place + 1 - ahead, 0))
+            skill = _skill(actual[known], mix[known], made[known, :, 0])
+            now = replace(fitted, skill=skill, is_mixed=skill > 0)
+            points = np.where(now.is_mixed, mix, made[:, :, 0])
             both = panel.known[origin] & panel.known[origin + ahead]
+            stated = _stated(now, panel, origin, points[place], weights[place], _ratios(actual[known], points[known]))
             frames.append(
-                _stated(
-                    fitted, panel, origin, points[place], weights[place], known[-max(len(fitted.ratios) - ahead, 1) :]
-                ).with_columns(
+                stated.with_columns(
                     actual=pl.Series(np.where(both, panel.load[origin + ahead], np.nan)).fill_nan(None),
                     persistence=pl.Series(np.where(both, panel.load[origin], np.nan)).fill_nan(None),
                 )
