@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pynvml as nvml
 
-from resources.nvml.ask import code_of, nvml_error
+from resources.nvml.ask import code_of
+from resources.nvml.calls import call
 
 # A ring holds about 100 (utilization) to 120 samples; room for twice as many.
 RING_CAPACITY = 256
@@ -32,17 +33,6 @@ _ACTIVITY_VERSION = ctypes.sizeof(nvml.c_nvmlProcessesUtilizationInfo_v1_t) | 1 
 _MEMORY_UNKNOWN = 0xFFFFFFFFFFFFFFFF
 _WIDE = nvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG
 _GPM_VERSION = 1
-
-
-def _call(name: str, *arguments: object) -> None:
-    """Call a function of the loaded library; NVMLError as the bindings raise it."""
-    try:
-        function: Callable[..., int] = getattr(nvml.nvmlLib, name)
-    except AttributeError:
-        raise nvml_error(nvml.NVML_ERROR_FUNCTION_NOT_FOUND) from None
-    code = function(*arguments)
-    if code != nvml.NVML_SUCCESS:
-        raise nvml_error(code)
 
 
 def decode(value_type: int, word: int) -> float | None:
@@ -91,7 +81,7 @@ class RingReader:
         One call, no call for the size: the count is the room on the way in and the samples given on the way out.
         """
         self._count.value = RING_CAPACITY
-        _call(
+        call(
             "nvmlDeviceGetSamples",
             handle,
             ctypes.c_uint(kind),
@@ -134,24 +124,52 @@ class RingCursor:
         return fresh
 
 
+class FieldAnswers(NamedTuple):
+    """Return codes of the fields asked for, in order, and their values (None where the code is none of success)."""
+
+    codes: tuple[int, ...]
+    values: tuple[float | None, ...]
+
+
+NO_ANSWERS = FieldAnswers((), ())
+
+
 class FieldBatch:
     """A fixed list of field ids, asked for in one call. `fields`: (id, scope); a scope is a link's number, else 0."""
 
     def __init__(self, fields: Sequence[tuple[int, int]]) -> None:
-        self._length = len(fields)
-        self._store = bytearray(self._length * ctypes.sizeof(nvml.c_nvmlFieldValue_t))
-        self._values = (nvml.c_nvmlFieldValue_t * self._length).from_buffer(self._store)
+        self._length = ctypes.c_int(len(fields))
+        self._answers = struct.Struct("=" + _FIELD_ANSWER.format[1:] * len(fields))
+        self._all_wide = (_WIDE,) * len(fields)
+        self._store = bytearray(len(fields) * ctypes.sizeof(nvml.c_nvmlFieldValue_t))
+        self._values = (nvml.c_nvmlFieldValue_t * len(fields)).from_buffer(self._store)
         for slot, (field_id, scope) in zip(self._values, fields, strict=True):
             slot.fieldId, slot.scopeId = field_id, scope
 
-    def read(self, handle: object) -> list[tuple[int, float | None]]:
-        """(return code, value or None) per field, in order. Raises NVMLError when the whole call fails."""
-        _call("nvmlDeviceGetFieldValues", handle, ctypes.c_int(self._length), self._values)
-        return [
-            # Counters are of this type; the others are few.
-            (code, word if value_type == _WIDE else decode(value_type, word)) if code == 0 else (code, None)
-            for value_type, code, word in _FIELD_ANSWER.iter_unpack(self._store)
-        ]
+    def read(self, handle: object) -> FieldAnswers:
+        """Raises NVMLError when the whole call fails."""
+        call("nvmlDeviceGetFieldValues", handle, self._length, self._values)
+        found = self._answers.unpack(self._store)
+        kinds, codes, words = found[0::3], found[1::3], found[2::3]
+        if kinds == self._all_wide and not any(codes):  # counters are of this type
+            return FieldAnswers(codes, words)
+        values = (None if code else decode(kind, word) for kind, code, word in zip(kinds, codes, words, strict=True))
+        return FieldAnswers(codes, tuple(values))
+
+
+class MemoryReader:
+    """Reads a GPU's memory; one structure for all GPUs of a collector."""
+
+    def __init__(self) -> None:
+        self._memory = nvml.c_nvmlMemory_v2_t()
+        self._memory.version = nvml.nvmlMemory_v2
+        self._reference = ctypes.byref(self._memory)
+
+    def read(self, handle: object) -> tuple[int, int, int, int]:
+        """Bytes: total, used, free, reserved. Raises NVMLError."""
+        call("nvmlDeviceGetMemoryInfo_v2", handle, self._reference)
+        memory = self._memory
+        return memory.total, memory.used, memory.free, memory.reserved
 
 
 class GpmRequest:
@@ -168,7 +186,7 @@ class GpmRequest:
     def averages(self, first: Any, second: Any) -> list[tuple[int, float]]:
         """(return code, mean between the two samples) per metric, in order."""
         self._request.sample1, self._request.sample2 = first, second
-        _call("nvmlGpmMetricsGet", ctypes.byref(self._request))
+        call("nvmlGpmMetricsGet", ctypes.byref(self._request))
         return list(_GPM_ANSWER.iter_unpack(self._answers))
 
 
@@ -183,13 +201,13 @@ class ProcessLister:
         """(pid, bytes of GPU memory or None where not told, GPU instance) per process, by the NVML call `name`."""
         self._count.value = self._room
         try:
-            _call(name, handle, ctypes.byref(self._count), self._processes)
+            call(name, handle, ctypes.byref(self._count), self._processes)
         except nvml.NVMLError as error:
             if code_of(error) != nvml.NVML_ERROR_INSUFFICIENT_SIZE:
                 raise
             self._make_room(2 * max(self._count.value, self._room))
             self._count.value = self._room
-            _call(name, handle, ctypes.byref(self._count), self._processes)
+            call(name, handle, ctypes.byref(self._count), self._processes)
         found = memoryview(self._store)[: min(self._count.value, self._room) * _PROCESS.size]
         return [
             (pid, None if memory == _MEMORY_UNKNOWN else memory, instance)
@@ -219,13 +237,13 @@ class ActivityReader:
     def _ask(self, handle: object, since: int) -> None:
         self._request.processSamplesCount, self._request.lastSeenTimeStamp = self._room, since
         try:
-            _call("nvmlDeviceGetProcessesUtilizationInfo", handle, ctypes.byref(self._request))
+            call("nvmlDeviceGetProcessesUtilizationInfo", handle, ctypes.byref(self._request))
         except nvml.NVMLError as error:
             if code_of(error) != nvml.NVML_ERROR_INSUFFICIENT_SIZE:
                 raise
             self._make_room(2 * max(self._request.processSamplesCount, self._room))
             self._request.processSamplesCount = self._room
-            _call("nvmlDeviceGetProcessesUtilizationInfo", handle, ctypes.byref(self._request))
+            call("nvmlDeviceGetProcessesUtilizationInfo", handle, ctypes.byref(self._request))
 
     def _make_room(self, room: int) -> None:
         self._room = room

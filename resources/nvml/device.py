@@ -6,7 +6,7 @@ calls (`metrics`), the guard around each (`ask`), the driver's coming and going 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -18,13 +18,16 @@ from optiinfra_pipelines.domain.gpus import RECOVERY_ACTIONS
 from resources.nvml.ask import UNSUPPORTED_CODES, Ledger, ask, ask_first
 from resources.nvml.buffers import (
     EMPTY_RING,
+    NO_ANSWERS,
     ActivityReader,
     FieldBatch,
     GpmRequest,
+    MemoryReader,
     ProcessLister,
     RingCursor,
     RingReader,
 )
+from resources.nvml.calls import Reader
 from resources.nvml.gpm import GpmAverages, MigInstance, add_averages, mig_profile
 from resources.nvml.links import NvLinks
 from resources.nvml.metrics import FAST_METRICS, GPM_METRICS, SLOW_FIELDS, SLOW_METRICS, Field, Metric, fast_fields
@@ -35,6 +38,9 @@ Row = dict[str, Any]
 # Fields that become a threshold (see `_finish`) and are no columns themselves.
 _MARGINS = ("slowdown_margin_celsius", "shutdown_margin_celsius")
 
+# A metric with the readers of its calls.
+Bound = tuple[Metric, tuple[Reader, ...]]
+
 
 class Buffers:
     """What NVML writes its answers to: one of each for all GPUs, which are asked one after the other."""
@@ -42,6 +48,12 @@ class Buffers:
     def __init__(self) -> None:
         self.ring, self.processes, self.activity = RingReader(), ProcessLister(), ActivityReader()
         self.gpm = GpmRequest([metric for metric, _, _ in GPM_METRICS])
+        self.memory = MemoryReader()
+        self.fast_metrics, self.slow_metrics = _bound(FAST_METRICS), _bound(SLOW_METRICS)
+
+
+def _bound(metrics: Sequence[Metric]) -> tuple[Bound, ...]:
+    return tuple((metric, tuple(call.reader() for call in metric.calls)) for metric in metrics)
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,14 @@ class GpuReader:
         self._shared = shared
         self._slow: Row = {}
         self._margins: Row = {}
-        self._gpu_ring, self._memory_ring = RingCursor(), RingCursor()
+        self._gpu_ring = RingCursor()
+        self._rings: tuple[tuple[str, str, int, RingCursor], ...] = tuple(
+            (column, f"{column} ring", kind, cursor)
+            for column, kind, cursor in (
+                ("gpu_utilization_ratio", nvml.NVML_GPU_UTILIZATION_SAMPLES, self._gpu_ring),
+                ("memory_bandwidth_utilization_ratio", nvml.NVML_MEMORY_UTILIZATION_SAMPLES, RingCursor()),
+            )
+        )
         self._links = NvLinks(ledger)
         self._processes = ProcessReader(ledger, shared.buffers.processes, shared.buffers.activity)
         self._gpm: GpmAverages | None = None
@@ -106,7 +125,7 @@ class GpuReader:
         if is_slow:
             self._read_slow()
         row: Row = {**self.facts, "mig_instance": "", "health": "ok"}
-        self._read_metrics(row, FAST_METRICS)
+        self._read_metrics(row, self._shared.buffers.fast_metrics)
         self._read_fields(row, self._fast_fields)
         self._read_utilization(row)
         row.update(self._read_memory(self.handle))
@@ -115,7 +134,7 @@ class GpuReader:
             add_averages(row, self._gpm.read(self._shared.buffers.gpm, self.ledger, now))
         row.update(self._slow)
         _finish(row, self._margins)
-        processes = self._processes.read(self.handle, row.get("memory_total_bytes"))
+        processes = self._processes.read(self.handle, row.get("memory_total_bytes"), look_everywhere=is_slow)
         row["process_count"] = None if processes is None else len({process.pid for process in processes})
         rows = [row, *(self._read_instance(instance, processes, now) for instance in self._instances)]
         return Reading(rows, _by_pid(processes or []))
@@ -131,7 +150,7 @@ class GpuReader:
     def _read_slow(self) -> None:
         self._read_identity()
         slow: Row = {}
-        self._read_metrics(slow, SLOW_METRICS)
+        self._read_metrics(slow, self._shared.buffers.slow_metrics)
         self._read_fields(slow, self._slow_fields)
         slow["nvlink_errors_total"] = self._links.discover(self.handle, int(slow.pop("nvlink_count", None) or 0))
         action = slow.pop("recovery_action", None)
@@ -142,7 +161,6 @@ class GpuReader:
                 slow[flag] = bool(slow[flag])
         self._margins = {key: slow.pop(key) for key in _MARGINS if key in slow}
         self._slow = slow
-        self._processes.forget_names()
         self._read_partition()
 
     def _read_identity(self) -> None:
@@ -193,19 +211,20 @@ class GpuReader:
 
     # ---- every tick ----
 
-    def _read_metrics(self, row: Row, metrics: Iterable[Metric]) -> None:
-        for metric in metrics:
-            if len(metric.calls) == 1:
-                raw = ask(self.ledger, metric.column, metric.calls[0], self.handle, *metric.arguments)
+    def _read_metrics(self, row: Row, metrics: Sequence[Bound]) -> None:
+        ledger, handle = self.ledger, self.handle
+        for metric, readers in metrics:
+            if len(readers) == 1:
+                raw = ask(ledger, metric.column, readers[0], handle)
             else:
-                raw = ask_first(self.ledger, metric.column, metric.calls, self.handle, *metric.arguments)
+                raw = ask_first(ledger, metric.column, readers, handle)
             if raw is None:
                 continue
             value = raw * metric.scale
             if metric.low <= value <= metric.high:
-                row[metric.column] = int(value) if metric.is_integer else float(value)
+                row[metric.column] = int(value) if metric.is_integer else value
             else:
-                self.ledger.reject(metric.column)
+                ledger.reject(metric.column)
 
     def _read_fields(self, row: Row, group: FieldGroup) -> None:
         """Field values in one call; those the chip does not have are left out of the next one."""
@@ -214,7 +233,7 @@ class GpuReader:
         batch = group.batch
         answers = ask(self.ledger, "field_values", batch.read, self.handle) if batch and group.fields else None
         has_refused = False
-        for each, (code, value) in zip(group.fields, answers or (), strict=False):
+        for each, code, value in zip(group.fields, *(answers or NO_ANSWERS), strict=False):
             if code != nvml.NVML_SUCCESS:
                 # A driver that does not know an id may also call it an invalid argument.
                 is_unknown = code == nvml.NVML_ERROR_INVALID_ARGUMENT or code in UNSUPPORTED_CODES
@@ -232,14 +251,8 @@ class GpuReader:
 
     def _read_utilization(self, row: Row) -> None:
         """Mean and peak of the ring since the last tick; one poll where the ring is dry or the chip has none."""
-        rings: tuple[tuple[str, int, RingCursor], ...] = (
-            ("gpu_utilization_ratio", nvml.NVML_GPU_UTILIZATION_SAMPLES, self._gpu_ring),
-            ("memory_bandwidth_utilization_ratio", nvml.NVML_MEMORY_UTILIZATION_SAMPLES, self._memory_ring),
-        )
-        for column, kind, cursor in rings:
-            samples = ask(
-                self.ledger, f"{column} ring", self._shared.buffers.ring.read, self.handle, kind, cursor.ask_from
-            )
+        for column, metric, kind, cursor in self._rings:
+            samples = ask(self.ledger, metric, self._shared.buffers.ring.read, self.handle, kind, cursor.ask_from)
             fresh = cursor.take(samples or EMPTY_RING)
             if not fresh:
                 continue
@@ -260,10 +273,10 @@ class GpuReader:
                 row.setdefault(column, percent / 100)
 
     def _read_memory(self, handle: object, metric: str = "memory") -> Row:
-        memory = ask(self.ledger, metric, nvml.nvmlDeviceGetMemoryInfo, handle, nvml.nvmlMemory_v2)
-        if memory is None:
+        answer = ask(self.ledger, metric, self._shared.buffers.memory.read, handle)
+        if answer is None:
             return {}
-        total, used, free, reserved = memory.total, memory.used, memory.free, memory.reserved
+        total, used, free, reserved = answer
         if total <= 0 or max(used, free, reserved) > total:
             self.ledger.reject(metric)
             return {}

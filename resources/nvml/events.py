@@ -13,7 +13,8 @@ from typing import Any
 import pynvml as nvml
 import structlog
 
-from resources.nvml.ask import GpuGoneError, Ledger, ask, code_name, code_of
+from resources.nvml.ask import GpuGoneError, Ledger, ask, code_name, code_of, nvml_error
+from resources.nvml.calls import function
 
 _log = structlog.get_logger(__name__)
 _XID = nvml.nvmlEventTypeXidCriticalError
@@ -30,6 +31,9 @@ class XidEvents:
 
     def __init__(self) -> None:
         self._set: Any = None
+        self._handles: dict[str, object] = {}
+        self._event = nvml.c_nvmlEventData_t()
+        self._next_arguments = (ctypes.byref(self._event), ctypes.c_uint(0))  # 0 ms: nothing is waited for
         self._uuids: dict[int | None, str] = {}
         self._watched: set[str] = set()
         self._last: dict[str, int] = {}
@@ -37,14 +41,17 @@ class XidEvents:
 
     def watch(self, handles: dict[str, object], ledger: Ledger) -> None:
         """Register every GPU that can be, all anew when there are others than before."""
+        if self._set is not None and handles == self._handles:
+            return  # the very same handles: ctypes compares them by identity
         addresses = {_address(handle): uuid for uuid, handle in handles.items()}
         if self._set is not None and addresses == self._uuids:
+            self._handles = dict(handles)
             return
         self.free()
         self._set = ask(ledger, "events", nvml.nvmlEventSetCreate)
         if self._set is None:
             return
-        self._uuids = addresses
+        self._uuids, self._handles = addresses, dict(handles)
         for uuid, handle in handles.items():
             metric = f"events of {uuid}"
             errors = ledger.error_count
@@ -81,22 +88,21 @@ class XidEvents:
                 nvml.nvmlEventSetFree(self._set)  # type: ignore[no-untyped-call]
             except nvml.NVMLError as error:
                 _log.debug("nvmlEventSetFree", code=code_name(code_of(error)))
-        self._set, self._uuids, self._watched = None, {}, set()
+        self._set, self._uuids, self._watched, self._handles = None, {}, set(), {}
 
     def _next(self, ledger: Ledger) -> Any | None:
         """One event, or None when there is none."""
         try:
-            return ask(ledger, "event", _next_event, self._set)
+            return ask(ledger, "event", self._take)
         except GpuGoneError:
             # One lost GPU makes the whole set answer so: the others register again (see `watch`).
             self.free()
             return None
 
-
-def _next_event(events: Any) -> Any | None:
-    try:
-        return nvml.nvmlEventSetWait_v2(events, 0)  # type: ignore[no-untyped-call]
-    except nvml.NVMLError as error:
-        if code_of(error) == nvml.NVML_ERROR_TIMEOUT:  # 0 ms: nothing has happened
+    def _take(self) -> Any | None:
+        code = function("nvmlEventSetWait_v2")(self._set, *self._next_arguments)
+        if code == nvml.NVML_ERROR_TIMEOUT:  # nothing has happened
             return None
-        raise
+        if code:
+            raise nvml_error(code)
+        return self._event

@@ -11,7 +11,7 @@ from typing import Any
 import pynvml as nvml
 
 from resources.nvml.ask import Ledger, ask
-from resources.nvml.buffers import FieldBatch
+from resources.nvml.buffers import NO_ANSWERS, FieldBatch
 from resources.nvml.metrics import NVLINK_DATA, NVLINK_ERRORS
 
 
@@ -43,8 +43,7 @@ class NvLinks:
         errors = self._ask(
             handle, FieldBatch([(field_id, link) for link in range(link_count) for field_id in NVLINK_ERRORS])
         )
-        counted = [value for value in errors if value is not None]
-        return float(sum(counted)) if counted else None
+        return None if all(value is None for value in errors) else _sum(errors)
 
     def read(self, handle: object, row: dict[str, Any]) -> None:
         """Add nvlink_{tx,rx}_bytes_total to the row.
@@ -56,18 +55,22 @@ class NvLinks:
         answers = self._ask(handle, self._batch)
         if not answers or None in answers:
             return
-        values = [value for value in answers if value is not None]
-        row["nvlink_tx_bytes_total"] = float(sum(values[0::2])) * self._scale
-        row["nvlink_rx_bytes_total"] = float(sum(values[1::2])) * self._scale
+        row["nvlink_tx_bytes_total"] = _sum(answers[0::2]) * self._scale
+        row["nvlink_rx_bytes_total"] = _sum(answers[1::2]) * self._scale
 
     def _use(self, links: tuple[int, ...], transmit: int, receive: int, scale: float) -> None:
         if links != self._links or scale != self._scale:
             self._batch = FieldBatch([(field_id, link) for link in links for field_id in (transmit, receive)])
             self._links, self._scale = links, scale
 
-    def _ask(self, handle: object, batch: FieldBatch) -> list[float | None]:
-        answers = ask(self._ledger, "nvlink", batch.read, handle) or []
-        for code, _ in answers:
-            if code in (nvml.NVML_ERROR_GPU_IS_LOST, nvml.NVML_ERROR_RESET_REQUIRED):
-                self._ledger.note("nvlink", code)
-        return [value for _, value in answers]
+    def _ask(self, handle: object, batch: FieldBatch) -> tuple[float | None, ...]:
+        answers = ask(self._ledger, "nvlink", batch.read, handle) or NO_ANSWERS
+        if any(answers.codes):
+            for code in answers.codes:
+                if code in (nvml.NVML_ERROR_GPU_IS_LOST, nvml.NVML_ERROR_RESET_REQUIRED):
+                    self._ledger.note("nvlink", code)
+        return answers.values
+
+
+def _sum(values: tuple[float | None, ...]) -> float:
+    return float(sum(value for value in values if value is not None))

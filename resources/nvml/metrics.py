@@ -8,32 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pynvml as nvml
+
+from resources.nvml.calls import Call, Place, gpu_temperature, margin_temperature, percent, unsigned, wide
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One column from one call. The raw value times `scale` lies within [low, high], else it is garbage: NULL."""
+    """One column from one call, or from the newest of several that the driver knows.
+
+    The raw value times `scale` lies within [low, high], else it is garbage: NULL.
+    """
 
     column: str
-    calls: tuple[Callable[..., Any], ...]
-    arguments: tuple[int, ...] = ()
+    calls: tuple[Call, ...]
     scale: float = 1.0
     low: float = 0.0
     high: float = float("inf")
     is_integer: bool = False
-
-
-def _with_period(call: Callable[..., list[int]]) -> Callable[..., int]:
-    """Encoder and decoder answer [percent, sampling period]; the period is of no interest."""
-
-    def percent(handle: object) -> int:
-        return call(handle)[0]
-
-    percent.__name__ = call.__name__
-    return percent
 
 
 _GRAPHICS, _SM, _MEMORY = nvml.NVML_CLOCK_GRAPHICS, nvml.NVML_CLOCK_SM, nvml.NVML_CLOCK_MEM
@@ -43,58 +36,57 @@ _COLD, _BURNT = 1, 150
 # 64 lanes or generations are more than PCIe has.
 _PCIE_MOST = 64
 
+
+def _get(what: str, *arguments: int, place: Callable[[], Place] = unsigned) -> Call:
+    return Call(f"nvmlDeviceGet{what}", arguments, place)
+
+
 FAST_METRICS = (
     Metric(
         "temperature_celsius",
-        (nvml.nvmlDeviceGetTemperatureV, nvml.nvmlDeviceGetTemperature),  # V since driver 565
-        (nvml.NVML_TEMPERATURE_GPU,),
+        (_get("TemperatureV", place=gpu_temperature), _get("Temperature", nvml.NVML_TEMPERATURE_GPU)),  # V since 565
         low=_COLD,
         high=_BURNT,
     ),
-    Metric("temperature_margin_celsius", (nvml.nvmlDeviceGetMarginTemperature,), low=-_BURNT, high=_BURNT),
-    Metric("power_watts", (nvml.nvmlDeviceGetPowerUsage,), scale=1e-3, low=_SOME_WATTS),
-    Metric("energy_joules_total", (nvml.nvmlDeviceGetTotalEnergyConsumption,), scale=1e-3),
-    Metric("sm_clock_mhz", (nvml.nvmlDeviceGetClockInfo,), (_SM,)),
-    Metric("memory_clock_mhz", (nvml.nvmlDeviceGetClockInfo,), (_MEMORY,)),
-    Metric("graphics_clock_mhz", (nvml.nvmlDeviceGetClockInfo,), (_GRAPHICS,)),
-    Metric("performance_state", (nvml.nvmlDeviceGetPerformanceState,), high=15, is_integer=True),
-    Metric("fan_speed_ratio", (nvml.nvmlDeviceGetFanSpeed,), scale=1e-2, high=2.0),  # may exceed 100 % (nvml.h)
+    Metric(
+        "temperature_margin_celsius", (_get("MarginTemperature", place=margin_temperature),), low=-_BURNT, high=_BURNT
+    ),
+    Metric("power_watts", (_get("PowerUsage"),), scale=1e-3, low=_SOME_WATTS),
+    Metric("energy_joules_total", (_get("TotalEnergyConsumption", place=wide),), scale=1e-3),
+    Metric("sm_clock_mhz", (_get("ClockInfo", _SM),)),
+    Metric("memory_clock_mhz", (_get("ClockInfo", _MEMORY),)),
+    Metric("graphics_clock_mhz", (_get("ClockInfo", _GRAPHICS),)),
+    Metric("performance_state", (_get("PerformanceState"),), high=15, is_integer=True),
+    Metric("fan_speed_ratio", (_get("FanSpeed"),), scale=1e-2, high=2.0),  # may exceed 100 % (nvml.h)
     Metric(
         "clock_event_reasons",
-        (nvml.nvmlDeviceGetCurrentClocksEventReasons, nvml.nvmlDeviceGetCurrentClocksThrottleReasons),  # since 535
+        (
+            _get("CurrentClocksEventReasons", place=wide),  # since 535
+            _get("CurrentClocksThrottleReasons", place=wide),
+        ),
         is_integer=True,
     ),
-    Metric("encoder_utilization_ratio", (_with_period(nvml.nvmlDeviceGetEncoderUtilization),), scale=1e-2, high=1.0),
-    Metric("decoder_utilization_ratio", (_with_period(nvml.nvmlDeviceGetDecoderUtilization),), scale=1e-2, high=1.0),
+    Metric("encoder_utilization_ratio", (_get("EncoderUtilization", place=percent),), scale=1e-2, high=1.0),
+    Metric("decoder_utilization_ratio", (_get("DecoderUtilization", place=percent),), scale=1e-2, high=1.0),
 )
 
 SLOW_METRICS = (
-    Metric("power_limit_watts", (nvml.nvmlDeviceGetEnforcedPowerLimit,), scale=1e-3, low=_SOME_WATTS),
-    Metric(
-        "pcie_link_generation",
-        (nvml.nvmlDeviceGetCurrPcieLinkGeneration,),
-        low=1,
-        high=_PCIE_MOST,
-        is_integer=True,
-    ),
-    Metric("pcie_link_width", (nvml.nvmlDeviceGetCurrPcieLinkWidth,), low=1, high=_PCIE_MOST, is_integer=True),
-    Metric("power_default_limit_watts", (nvml.nvmlDeviceGetPowerManagementDefaultLimit,), scale=1e-3, low=_SOME_WATTS),
-    Metric("sm_clock_max_mhz", (nvml.nvmlDeviceGetMaxClockInfo,), (_SM,)),
-    Metric(
-        "pcie_link_generation_max", (nvml.nvmlDeviceGetMaxPcieLinkGeneration,), low=1, high=_PCIE_MOST, is_integer=True
-    ),
-    Metric("pcie_link_width_max", (nvml.nvmlDeviceGetMaxPcieLinkWidth,), low=1, high=_PCIE_MOST, is_integer=True),
+    Metric("power_limit_watts", (_get("EnforcedPowerLimit"),), scale=1e-3, low=_SOME_WATTS),
+    Metric("pcie_link_generation", (_get("CurrPcieLinkGeneration"),), low=1, high=_PCIE_MOST, is_integer=True),
+    Metric("pcie_link_width", (_get("CurrPcieLinkWidth"),), low=1, high=_PCIE_MOST, is_integer=True),
+    Metric("power_default_limit_watts", (_get("PowerManagementDefaultLimit"),), scale=1e-3, low=_SOME_WATTS),
+    Metric("sm_clock_max_mhz", (_get("MaxClockInfo", _SM),)),
+    Metric("pcie_link_generation_max", (_get("MaxPcieLinkGeneration"),), low=1, high=_PCIE_MOST, is_integer=True),
+    Metric("pcie_link_width_max", (_get("MaxPcieLinkWidth"),), low=1, high=_PCIE_MOST, is_integer=True),
     Metric(
         "slowdown_temperature_celsius",
-        (nvml.nvmlDeviceGetTemperatureThreshold,),
-        (nvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN,),
+        (_get("TemperatureThreshold", nvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN),),
         low=_COLD,
         high=_BURNT,
     ),
     Metric(
         "shutdown_temperature_celsius",
-        (nvml.nvmlDeviceGetTemperatureThreshold,),
-        (nvml.NVML_TEMPERATURE_THRESHOLD_SHUTDOWN,),
+        (_get("TemperatureThreshold", nvml.NVML_TEMPERATURE_THRESHOLD_SHUTDOWN),),
         low=_COLD,
         high=_BURNT,
     ),

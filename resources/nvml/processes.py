@@ -21,6 +21,8 @@ _LISTS = tuple(
     (kind, f"{kind}_processes", (f"nvmlDeviceGet{call}RunningProcesses_v3", f"nvmlDeviceGet{call}RunningProcesses_v2"))
     for kind, call in (("graphics", "Graphics"), ("compute", "Compute"), ("mps", "MPSCompute"))
 )
+# Inference runs here; graphics and MPS are seldom in use, and looked for once a minute.
+_ALWAYS = "compute"
 _NO_INSTANCE = 0xFFFFFFFF
 
 
@@ -58,11 +60,21 @@ class ProcessReader:
         ]
         self._activity = (activity.read, _older_activity)
         self._newest_activity_us = 0
+        self._in_use: set[str] = set()
         self._names: dict[int, str | None] = {}
 
-    def read(self, handle: object, memory_total_bytes: float | None) -> list[GpuProcess] | None:
-        """The processes, by pid; empty when there are none, None when they cannot be listed."""
-        found = self._listed(handle, memory_total_bytes)
+    def read(
+        self, handle: object, memory_total_bytes: float | None, *, look_everywhere: bool
+    ) -> list[GpuProcess] | None:
+        """The processes, by pid; empty when there are none, None when they cannot be listed.
+
+        look_everywhere: ask every kind's list and look names up anew, for a server names itself some time after it has
+        started; else only the list of compute processes and those that were not empty at the last such look.
+        """
+        if look_everywhere:
+            self._names.clear()
+            self._in_use.clear()
+        found = self._listed(handle, memory_total_bytes, look_everywhere=look_everywhere)
         if not found:
             self._names.clear()
             return found
@@ -74,18 +86,20 @@ class ProcessReader:
                 process.sm_utilization_ratio = busy.get(process.pid, 0.0)
         return found
 
-    def forget_names(self) -> None:
-        """Look the names up again: a server names itself some time after it has started."""
-        self._names.clear()
-
-    def _listed(self, handle: object, memory_total_bytes: float | None) -> list[GpuProcess] | None:
+    def _listed(
+        self, handle: object, memory_total_bytes: float | None, *, look_everywhere: bool
+    ) -> list[GpuProcess] | None:
         found: dict[tuple[int, str], GpuProcess] = {}
         for kind, metric, calls in self._lists:
+            if not (look_everywhere or kind == _ALWAYS or kind in self._in_use):
+                continue
             entries = ask_first(self._ledger, metric, calls, handle)
             if entries is None:
                 if metric in self._ledger.unsupported:
                     continue
                 return None
+            if entries and look_everywhere:
+                self._in_use.add(kind)
             for pid, memory, number in entries:
                 instance = "" if number == _NO_INSTANCE else str(number)
                 # Early 535 drivers laid these entries out differently for a while; such garbage is told by its values.

@@ -232,6 +232,16 @@ def test_an_xid_is_counted_and_brings_the_facts_at_once(driver: Driver) -> None:
     assert run.ticks[3].gpu("GPU-1")["xid_last"] is None
 
 
+def test_a_compute_process_is_seen_at_once_and_a_graphics_process_within_a_minute(driver: Driver) -> None:
+    """Lists that were empty are asked for with the slow facts: inference hardly ever stands in them."""
+    script = gpu(0, H100) + "at 3 process 0 4194303 G 1000 0\nat 3 process 0 4194302 C 1000 0\n"
+    run = driver.run(script, 0, 5, 65, 70)
+
+    assert [[row["pid"] for row in tick.processes] for tick in run.ticks] == [
+        [], [4194302], [4194303, 4194302], [4194303, 4194302]
+    ]  # fmt: skip
+
+
 def test_processes_are_listed_with_what_the_driver_tells(driver: Driver) -> None:
     """A live pid has its name, a pid of another namespace none; memory 'not available' is NULL; an idle one did 0 %."""
     with subprocess.Popen(["sleep", "60"]) as sleeper:

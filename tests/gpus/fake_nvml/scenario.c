@@ -37,7 +37,12 @@ static unsigned int bucket_of(const char *key) {
 
 uint64_t clock_us(void) {
     static const volatile uint64_t *mapped;
-    const char *path = getenv("FAKE_NVML_CLOCK");
+    static const char *path;
+    static bool has_looked; /* the environment is long, and a tick asks hundreds of times */
+    if (!has_looked) {
+        has_looked = true;
+        path = getenv("FAKE_NVML_CLOCK");
+    }
     if (path && !mapped) {
         int file = open(path, O_RDONLY);
         void *page = file < 0 ? MAP_FAILED : mmap(NULL, sizeof(uint64_t), PROT_READ, MAP_SHARED, file, 0);
@@ -201,7 +206,8 @@ int fault_of(const device *dev, const char *function) {
 
 void count_call(const char *function) {
     for (int i = 0; i < counted_count; i++) {
-        if (!strcmp(counted[i].function, function)) {
+        /* Mostly the very same literal. */
+        if (counted[i].function == function || !strcmp(counted[i].function, function)) {
             counted[i].calls++;
             return;
         }
