@@ -67,6 +67,11 @@ class HaproxyServer(Frozen):
     server: Name
     url: str = Field(pattern=r"^https?://", description="Root of its API, such as http://10.0.0.5:8000.")
     metrics_url: str | None = Field(default=None, description="Its metrics page; url + /metrics when absent.")
+    unit: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9:_.@\\-]{1,200}\.service$",
+        description="Its own systemd unit, such as vllm@8000.service, which a completed rollout stops.",
+    )
 
     @property
     def metrics(self) -> str:
@@ -86,6 +91,9 @@ class HaproxySettings(Frozen):
     stable: Annotated[tuple[HaproxyServer, ...], Field(min_length=1)]
     candidates: Annotated[tuple[HaproxyServer, ...], Field(min_length=1)]
     launch: tuple[str, ...] | None = None
+    launcher: Literal["process", "systemd", "systemd_user"] = Field(
+        default="process", description="Candidates as local processes, or as transient units of systemd."
+    )
     drain_seconds: Positive = 60.0
 
     @model_validator(mode="after")

@@ -13,15 +13,18 @@ import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import urlsplit
 
 import psutil
+
+from resources.rollouts.targets.base import TargetError
 
 # A process that has been told twice is gone within this, or hangs in the kernel.
 KILL_SECONDS = 10.0
 
 
-class LauncherError(Exception):
+class LauncherError(TargetError):
     """A process did not start or end. The text names it and says where its log is."""
 
 
@@ -38,6 +41,16 @@ def command_line(launch: Sequence[str], url: str, flags: Mapping[str, str | None
         else:
             line.append(part.replace("{port}", str(port)).replace("{url}", url))
     return line
+
+
+class Launcher(Protocol):
+    """What starts and stops replicas on this host."""
+
+    def start(self, name: str, launch: Sequence[str], url: str, flags: Mapping[str, str | None]) -> None: ...
+
+    def is_alive(self, name: str) -> bool: ...
+
+    def stop(self, name: str, grace_seconds: float) -> None: ...
 
 
 class LocalLauncher:

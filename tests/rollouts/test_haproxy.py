@@ -22,6 +22,7 @@ from resources.rollouts.executor import Executor
 from resources.rollouts.ports import is_near
 from resources.rollouts.targets import StaleTokenError, TargetError
 from resources.rollouts.targets.haproxy import HaproxyTarget
+from resources.rollouts.targets.haproxy_socket import RuntimeSocket
 from tests.rollouts.haproxy_kit import HAPROXY, Clients, Gateway, process_at
 
 pytestmark = [
@@ -97,6 +98,32 @@ def test_a_killed_gateway_comes_back_with_the_weights_in_force(gateway: Gateway,
     gateway.start()
 
     assert target.observe().detail["weights"] == before.detail["weights"]
+
+
+def test_a_restart_that_finds_no_state_file_gives_candidates_nothing(gateway: Gateway, target: HaproxyTarget) -> None:
+    """HAProxy silently returns to its configured weights then: the candidates' is 0, and the drift is seen."""
+    target.claim("r-1", 1)
+    target.start_candidates(1, {}, 1)
+    wait_until_up(target)
+    target.set_share(25.0, 1)
+    gateway.kill()
+    Path(gateway.settings.state_file).unlink()
+    gateway.start()
+
+    assert target.observe().percent == 0
+    assert target.observe().detail["weights"] == {"s0": 100, "s1": 100, "c0": 0, "c1": 0}
+
+
+def test_a_candidate_with_a_configured_weight_is_refused(gateway: Gateway, target: HaproxyTarget) -> None:
+    """At weight 0 now, but a restart of HAProxy alone would send it requests."""
+    gateway.kill()
+    gateway.config.write_text(gateway.config.read_text().replace("weight 0", "weight 10"))
+    gateway.start()
+    for one in gateway.settings.candidates:
+        RuntimeSocket(gateway.settings.socket).set_weight("chat", one.server, 0)
+
+    with pytest.raises(TargetError, match=r"c0, c1 of chat would get traffic by a restart of HAProxy alone"):
+        target.claim("r-1", 1)
 
 
 def test_completed_pools_exchange_their_roles(gateway: Gateway, target: HaproxyTarget) -> None:

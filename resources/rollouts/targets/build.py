@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from optiinfra_pipelines.domain.rollout_policy import DeploymentRollouts
+from optiinfra_pipelines.domain.rollout_policy import DeploymentRollouts, HaproxySettings
 from optiinfra_pipelines.domain.rollouts import TargetKind
-from resources.rollouts.local_launcher import LocalLauncher
+from resources.rollouts.local_launcher import Launcher, LocalLauncher
+from resources.rollouts.systemd_launcher import SystemdLauncher
 from resources.rollouts.targets.base import Replica, ServedTarget, TargetError
 from resources.rollouts.targets.haproxy import HaproxyTarget
 from resources.rollouts.targets.kubernetes.api import KubeApi
@@ -29,10 +30,17 @@ def served_target(
     """Make it. root: folder of the rollouts' state. TargetError when the deployment has no settings of this kind."""
     if kind == "haproxy" and settings.haproxy is not None:
         folder = Path(root) / "haproxy"
-        return HaproxyTarget(settings.haproxy, folder, LocalLauncher(folder / "replicas"))
+        return HaproxyTarget(settings.haproxy, folder, _launcher(settings.haproxy, folder / "replicas"))
     if kind == "kubernetes" and settings.kubernetes is not None:
         return KubernetesTarget(settings.kubernetes, KubeApi(settings.kubernetes), in_flight)
     if kind == "orchestrator" and settings.orchestrator is not None:
         name = settings.orchestrator.deployment or settings.deployment
         return OrchestratorTarget(settings.orchestrator, name, OrchestratorClient(settings.orchestrator, environ))
     raise TargetError(f"deployment {settings.deployment} has no {kind} settings; describe it there, or use dry_run")
+
+
+def _launcher(settings: HaproxySettings, folder: Path) -> Launcher:
+    if settings.launcher == "process":
+        return LocalLauncher(folder)
+    units = {one.server: one.unit for one in (*settings.stable, *settings.candidates) if one.unit is not None}
+    return SystemdLauncher(folder, settings.backend, units, is_user=settings.launcher == "systemd_user")

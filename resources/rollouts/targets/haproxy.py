@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from optiinfra_pipelines.domain.rollout_policy import HaproxyServer, HaproxySettings
-from resources.rollouts.local_launcher import LauncherError, LocalLauncher
+from resources.rollouts.local_launcher import Launcher, LauncherError
 from resources.rollouts.targets.base import Actual, ArmCounts, Counted, Flags, TargetError, TokenFile
 from resources.rollouts.targets.haproxy_socket import RuntimeSocket, ServerStatus
 
@@ -24,13 +24,13 @@ STOP_SECONDS = 15.0
 
 
 class HaproxyTarget:
-    """One backend. launcher: starts and stops local candidate processes; unused without `launch` in the settings."""
+    """One backend. launcher: starts and stops candidates on this host; unused without `launch` in the settings."""
 
     kind = "haproxy"
     is_simulated = False
     counts_errors = True
 
-    def __init__(self, settings: HaproxySettings, folder: Path, launcher: LocalLauncher) -> None:
+    def __init__(self, settings: HaproxySettings, folder: Path, launcher: Launcher) -> None:
         self._settings = settings
         self._socket = RuntimeSocket(settings.socket)
         self._state = TokenFile(Path(folder) / f"{settings.backend}.haproxy.json")
@@ -116,6 +116,7 @@ class HaproxyTarget:
             taken = [one.server for one in self.candidate_servers if self._socket.weight(backend, one.server)[0]]
             if taken:
                 raise TargetError(f"{', '.join(taken)} of {backend} have traffic already; set their weight to 0 first")
+            self._refuse_unsafe_restart()
             weights = {one.server: self._socket.weight(backend, one.server)[0] for one in self.stable_servers}
             if not any(weights.values()):
                 raise TargetError(f"all stable servers of {backend} have weight 0; give them their weights first")
@@ -196,6 +197,21 @@ class HaproxyTarget:
             return {**dict.fromkeys(original, 0), **rest, **dict.fromkeys(ready, MAX_WEIGHT // 2)}
         stable, weight = closest_weights(percent, original, len(ready))
         return {**stable, **rest, **dict.fromkeys(ready, weight)}
+
+    def _refuse_unsafe_restart(self) -> None:
+        """A restart that finds no state file goes back to the configured weights: a candidate's must be 0 there.
+
+        Once pools exchanged their roles the configuration names the old ones, and only the state file knows better.
+        """
+        if self._are_swapped():
+            return
+        backend = self._settings.backend
+        weighty = [one.server for one in self.candidate_servers if self._socket.weight(backend, one.server)[1]]
+        if weighty:
+            raise TargetError(
+                f"{', '.join(weighty)} of {backend} would get traffic by a restart of HAProxy alone; in its "
+                "configuration write weight 0 for them, and load-server-state-from-file"
+            )
 
     def _is_running(self, name: str) -> bool:
         if self._settings.launch is not None:
