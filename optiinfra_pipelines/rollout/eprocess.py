@@ -33,6 +33,8 @@ LATENCY_ALTERNATIVES = (1.15, 1.3, 1.6, 2.2, 3.5, 6.0, 15.0)
 _STAKE_PROFILE = (0.70, 0.76, 0.84, 0.92, 1.04, 1.20, 1.20)
 # Errors come from near zero: a broken canary multiplies their odds, not raises them by a third.
 ERROR_ALTERNATIVES = (1.5, 3.0, 6.0, 15.0, 50.0, 200.0)
+# A term this far under the sum changes no digit of it.
+_NEGLIGIBLE = 1e-17
 
 
 def latency_stakes(stake: float) -> tuple[float, ...]:
@@ -41,33 +43,39 @@ def latency_stakes(stake: float) -> tuple[float, ...]:
 
 
 @njit(cache=True)
-def _log_weights(canary_total: int, baseline_total: int, over: int) -> Floats:
-    """log C(n1, j) C(n2, k - j) over the support of j: how many of the k requests over the edge are the canary's."""
+def _log_normalizer(canary_total: int, baseline_total: int, over: int, log_odds: float) -> float:
+    """log of the sum over j of C(n1, j) C(n2, k - j) odds^j: how many of the k requests over the edge are the canary's.
+
+    Summed outward from the largest term, each from its neighbor, until a term no longer counts: terms fall faster
+    than a normal law's, so the work grows with the square root of the counts, and nothing overflows.
+    """
     low, high = max(0, over - baseline_total), min(over, canary_total)
-    weights = np.empty(high - low + 1)
-    for i in range(high - low + 1):
-        j = low + i
-        weights[i] = (
-            math.lgamma(canary_total + 1)
-            - math.lgamma(j + 1)
-            - math.lgamma(canary_total - j + 1)
-            + math.lgamma(baseline_total + 1)
-            - math.lgamma(over - j + 1)
-            - math.lgamma(baseline_total - over + j + 1)
-        )
-    return weights
-
-
-@njit(cache=True)
-def _log_normalizer(weights: Floats, low: int, log_odds: float) -> float:
-    """log of the sum of weight(j) * odds^j, without overflow."""
-    top = -np.inf
-    for i in range(weights.size):
-        top = max(top, weights[i] + (low + i) * log_odds)
-    total = 0.0
-    for i in range(weights.size):
-        total += math.exp(weights[i] + (low + i) * log_odds - top)
-    return top + math.log(total)
+    n1, n2, k, odds = float(canary_total), float(baseline_total), float(over), math.exp(log_odds)
+    # Neighboring terms are equal where (n1 - j)(k - j) odds = (j + 1)(n2 - k + j + 1): the positive root, the stable way.
+    a, b, c = 1.0 - odds, n2 - k + odds * (n1 + k + 2.0), -odds * (n1 + 1.0) * (k + 1.0)
+    top = min(high, max(low, int(-2.0 * c / (b + math.sqrt(b * b - 4.0 * a * c)))))
+    largest = (
+        math.lgamma(n1 + 1)
+        - math.lgamma(top + 1)
+        - math.lgamma(n1 - top + 1)
+        + math.lgamma(n2 + 1)
+        - math.lgamma(k - top + 1)
+        - math.lgamma(n2 - k + top + 1)
+        + top * log_odds
+    )
+    total = term = 1.0
+    for j in range(top, high):
+        term *= (n1 - j) * (k - j) * odds / ((j + 1.0) * (n2 - k + j + 1.0))
+        total += term
+        if term < _NEGLIGIBLE * total:
+            break
+    term = 1.0
+    for j in range(top, low, -1):
+        term *= j * (n2 - k + j) / ((n1 - j + 1.0) * (k - j + 1.0) * odds)
+        total += term
+        if term < _NEGLIGIBLE * total:
+            break
+    return largest + math.log(total)
 
 
 @njit(cache=True)
@@ -77,13 +85,12 @@ def log_increments(
     """log e of one tick at full stake, one per alternative; zeros when the tick carries no information."""
     increments = np.zeros(log_ratios.size)
     over = canary_over + baseline_over
-    low, high = max(0, over - baseline_total), min(over, canary_total)
-    if high <= low:
+    if min(over, canary_total) <= max(0, over - baseline_total):
         return increments
-    weights = _log_weights(canary_total, baseline_total, over)
-    null = _log_normalizer(weights, low, log_null)
+    null = _log_normalizer(canary_total, baseline_total, over, log_null)
     for i in range(log_ratios.size):
-        increments[i] = canary_over * log_ratios[i] + null - _log_normalizer(weights, low, log_null + log_ratios[i])
+        worse = _log_normalizer(canary_total, baseline_total, over, log_null + log_ratios[i])
+        increments[i] = canary_over * log_ratios[i] + null - worse
     return increments
 
 
