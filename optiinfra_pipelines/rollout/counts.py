@@ -48,6 +48,7 @@ class ProcessDelta:
     requests: int | None
     failed: int | None
     generation_tokens: float | None
+    process: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,42 +106,61 @@ class CountTracker:
         if requests is not None and failed is not None and failed > requests:
             return f"{failed} failures of {requests} requests"
         tokens = _counter(before.generation_tokens, now.generation_tokens, is_restarted)
-        return ProcessDelta(histograms, requests, failed, tokens)
+        return ProcessDelta(histograms, requests, failed, tokens, now.process)
 
 
 def arm_tick(deltas: Iterable[ProcessDelta], bounds: Mapping[str, Iterable[float]]) -> ArmTick | None:
     """The sum over an arm's processes: requests of each signal, those over each judged bound, and errors.
 
-    None when no process of the arm counts in this tick, or one of them lacks a judged bound: that is no data.
+    A bound that one of the processes does not count at (another engine version, say) is left out: a sum over some of
+    them is not the arm's. None when no process of the arm counts in this tick, or when one of them lacks a signal or
+    all of its judged bounds: that is no data.
     """
+    found = list(deltas)
+    if not found:
+        return None
+    # A gateway's own counters have requests and failures, no latency.
+    engines = [delta for delta in found if delta.histograms]
     observed: dict[str, int] = {}
     over: dict[str, dict[float, int]] = {}
-    requests = failed = replicas = 0
-    tokens = 0.0
-    is_any = False
-    for delta in deltas:
-        is_any = True
-        for signal, wanted in bounds.items():
-            buckets = delta.histograms.get(signal)
-            if buckets is None and not delta.histograms:
-                # A gateway's own counters: requests and failures, no latency.
-                continue
-            if buckets is None:
-                return None
-            at_or_under = dict(zip(buckets.upper_bounds, buckets.cumulative, strict=True))
-            total = int(buckets.cumulative[-1])
-            observed[signal] = observed.get(signal, 0) + total
-            for bound in wanted:
-                if bound not in at_or_under:
-                    return None
-                per_bound = over.setdefault(signal, {})
-                per_bound[bound] = per_bound.get(bound, 0) + total - int(at_or_under[bound])
-        requests += delta.requests or 0
-        failed += delta.failed or 0
-        if delta.generation_tokens is not None:
-            replicas, tokens = replicas + 1, tokens + delta.generation_tokens
-    per_replica = tokens / replicas if replicas else None
-    return ArmTick(observed, over, requests, failed, per_replica) if is_any else None
+    replicas: dict[str, dict[float, dict[str, tuple[int, int]]]] = {}
+    for signal, wanted in bounds.items():
+        if not engines:
+            break
+        if any(signal not in delta.histograms for delta in engines):
+            return None
+        common = set[float].intersection(*(set(delta.histograms[signal].upper_bounds) for delta in engines))
+        judged = [bound for bound in wanted if bound in common]
+        if not judged:
+            return None
+        observed[signal] = sum(int(delta.histograms[signal].cumulative[-1]) for delta in engines)
+        by_bound = {
+            bound: {_named(delta, i): _over(delta, signal, bound) for i, delta in enumerate(engines)}
+            for bound in judged
+        }
+        over[signal] = {bound: sum(slow for _, slow in each.values()) for bound, each in by_bound.items()}
+        if all(delta.process for delta in engines):
+            replicas[signal] = by_bound
+    told = [delta.generation_tokens for delta in found if delta.generation_tokens is not None]
+    return ArmTick(
+        observed,
+        over,
+        sum(delta.requests or 0 for delta in found),
+        sum(delta.failed or 0 for delta in found),
+        sum(told) / len(told) if told else None,
+        replicas,
+    )
+
+
+def _named(delta: ProcessDelta, index: int) -> str:
+    return delta.process or str(index)
+
+
+def _over(delta: ProcessDelta, signal: str, bound: float) -> tuple[int, int]:
+    """Requests of a process in a tick, and those over a bound it counts at."""
+    buckets = delta.histograms[signal]
+    total = int(buckets.cumulative[-1])
+    return total, total - int(buckets.cumulative[buckets.upper_bounds.index(bound)])
 
 
 def _fell(before: ProcessPage, now: ProcessPage) -> bool:

@@ -21,25 +21,17 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from optiinfra_pipelines.rollout.tempering import LATENCY_ALTERNATIVES, plain_rule
+
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
-# Bets on how much worse the canary is, as odds ratios over the null; the mixture needs no guess which is true.
-LATENCY_ALTERNATIVES = (1.15, 1.3, 1.6, 2.2, 3.5, 6.0, 15.0)
-# Stake of each latency alternative relative to the judge's own. A replica's drift looks like a small regression, never
-# like a large one: small bets are tempered more, large ones less. Chosen on 4,000 simulated harmless canaries at 10
-# requests/s (false failures 1.4 % with one stake for all, 0.65 % so, large regressions found no later); re-measured on
-# fresh seeds by benchmarks/judge_acceptance.py.
-_STAKE_PROFILE = (0.70, 0.76, 0.84, 0.92, 1.04, 1.20, 1.20)
 # Errors come from near zero: a broken canary multiplies their odds, not raises them by a third.
 ERROR_ALTERNATIVES = (1.5, 3.0, 6.0, 15.0, 50.0, 200.0)
 # A term this far under the sum changes no digit of it.
 _NEGLIGIBLE = 1e-17
-
-
-def latency_stakes(stake: float) -> tuple[float, ...]:
-    """Stake of every latency alternative; none over 1, past which a bet is no longer fair."""
-    return tuple(min(1.0, stake * share) for share in _STAKE_PROFILE)
+# log odds ratio of a 10 % margin at edges near the middle of usual latencies; tempering's gains are made for it.
+_USUAL_LOG_NULL = 0.27
 
 
 @njit(cache=True)
@@ -51,7 +43,7 @@ def _log_normalizer(canary_total: int, baseline_total: int, over: int, log_odds:
     """
     low, high = max(0, over - baseline_total), min(over, canary_total)
     n1, n2, k, odds = float(canary_total), float(baseline_total), float(over), math.exp(log_odds)
-    # Neighboring terms are equal where (n1 - j)(k - j) odds = (j + 1)(n2 - k + j + 1): the positive root, the stable way.
+    # Neighboring terms are equal where (n1 - j)(k - j) odds = (j + 1)(n2 - k + j + 1): its positive root.
     a, b, c = 1.0 - odds, n2 - k + odds * (n1 + k + 2.0), -odds * (n1 + 1.0) * (k + 1.0)
     top = min(high, max(low, int(-2.0 * c / (b + math.sqrt(b * b - 4.0 * a * c)))))
     largest = (
@@ -94,6 +86,28 @@ def log_increments(
     return increments
 
 
+@njit(cache=True)
+def information(canary_total: int, baseline_total: int, over: int) -> float:
+    """What a tick can tell of the log odds ratio: variance of the canary's share of `over`, were the arms equal."""
+    total = float(canary_total + baseline_total)
+    if total < 2:
+        return 0.0
+    return canary_total * float(baseline_total) * over * (total - over) / (total * total * (total - 1.0))
+
+
+@njit(cache=True)
+def fill_stakes(rule: Floats, scale: float, log_null: float, log_ratios: Floats, informed: float, out: Floats) -> None:
+    """Write the stake of each alternative in a tick to `out`: 0 to 1.
+
+    scale: of the drift, from `tempering.Drift`. informed: of the tick, from `information`. A bet is won by excursions
+    past the middle between the null and its alternative; the nearer that is to equality, the smaller the stake.
+    """
+    for i in range(log_ratios.size):
+        half = abs(log_ratios[i]) / 2
+        room = ((abs(log_null) + half) / (_USUAL_LOG_NULL + half)) ** 2
+        out[i] = min(1.0, scale * min(rule[i, 0], rule[i, 1] * room / (1.0 + rule[i, 2] * informed)))
+
+
 @dataclass(frozen=True)
 class TickCounts:
     """One tick at one edge: whole numbers of requests of each arm, and how many of them went over the edge."""
@@ -113,6 +127,14 @@ class TickCounts:
                     f"{name}: {over} of {total} requests over the edge; deltas of one histogram cannot be so"
                 )
 
+    def __add__(self, other: TickCounts) -> TickCounts:
+        return TickCounts(
+            self.canary_total + other.canary_total,
+            self.canary_over + other.canary_over,
+            self.baseline_total + other.baseline_total,
+            self.baseline_over + other.baseline_over,
+        )
+
 
 @dataclass
 class EdgeProcess:
@@ -121,7 +143,7 @@ class EdgeProcess:
     null_odds: odds ratio that is still acceptable (over 1: a margin). direction: +1 bets that the canary is worse
     than the null, -1 that it is better. stake: 0 to 1; under 1 it is tempered against what replicas of one
     configuration differ by. max_ticks: ticks of the step with every extension; the bound holds so long.
-    stakes: one for each alternative in place of the one for all.
+    rule: stakes that depend on the tick, from `tempering.latency_rule`, in place of the one for all.
     """
 
     null_odds: float
@@ -129,9 +151,8 @@ class EdgeProcess:
     stake: float = 0.5
     max_ticks: int = 360
     direction: int = 1
-    stakes: Sequence[float] | None = None
+    rule: Floats | None = None
     ticks: int = 0
-    _stakes: Floats = field(init=False, repr=False)
     _plain: Floats = field(init=False, repr=False)
     _restart: Floats = field(init=False, repr=False)
 
@@ -141,28 +162,29 @@ class EdgeProcess:
                 f"null_odds {self.null_odds}, stake {self.stake}, max_ticks {self.max_ticks}, alternatives "
                 f"{tuple(self.alternatives)}: odds must be positive, the stake in (0, 1], every alternative over 1"
             )
-        stakes = [self.stake] * len(self.alternatives) if self.stakes is None else self.stakes
-        if len(stakes) != len(self.alternatives) or not all(0 < stake <= 1 for stake in stakes):
-            raise ValueError(f"stakes {tuple(stakes)}: one in (0, 1] for each of {len(self.alternatives)} alternatives")
-        self._stakes = np.asarray(stakes, dtype=np.float64)
+        self._rule = plain_rule([self.stake] * len(self.alternatives)) if self.rule is None else self.rule
+        if self._rule.shape != (len(self.alternatives), 3) or not (self._rule[:, :2] > 0).all():
+            raise ValueError(f"rule of shape {self._rule.shape}: one row of positive stakes for each alternative")
+        self._stakes = np.zeros(len(self.alternatives))
         self._log_ratios = self.direction * np.log(np.asarray(self.alternatives, dtype=np.float64))
         self._plain = np.zeros(len(self.alternatives))
         self._restart = np.full(len(self.alternatives), -np.inf)
 
-    def observe(self, tick: TickCounts) -> None:
-        """Take in one tick. Raises ValueError past `max_ticks`: a longer step needs an error budget of its own."""
+    def observe(self, tick: TickCounts, scale: float = 1.0) -> None:
+        """Take in one tick. scale: of the rule's stakes, known before the tick (`tempering.Drift`).
+
+        Raises ValueError past `max_ticks`: a longer step needs an error budget of its own.
+        """
         if self.ticks >= self.max_ticks:
             raise ValueError(f"the step was planned for {self.max_ticks} ticks; start a new step with its own alpha")
         self.ticks += 1
         # A bet may start in any tick: with prior 1/T each, also in ticks that carry no information.
         self._restart = np.logaddexp(self._restart, -math.log(self.max_ticks))
+        log_null, over = math.log(self.null_odds), tick.canary_over + tick.baseline_over
+        informed = information(tick.canary_total, tick.baseline_total, over)
+        fill_stakes(self._rule, scale, log_null, self._log_ratios, informed, self._stakes)
         increments = self._stakes * log_increments(
-            tick.canary_over,
-            tick.canary_total,
-            tick.baseline_over,
-            tick.baseline_total,
-            math.log(self.null_odds),
-            self._log_ratios,
+            tick.canary_over, tick.canary_total, tick.baseline_over, tick.baseline_total, log_null, self._log_ratios
         )
         self._plain = self._plain + increments
         self._restart = self._restart + increments
@@ -177,12 +199,16 @@ class EdgeProcess:
         )
 
 
-def combined_log_e(processes: Sequence[EdgeProcess]) -> float:
-    """log of the mean wealth over edges and over both kinds of start: valid under any dependence between them."""
+def combined_log_e(processes: Sequence[EdgeProcess], plain_share: float = 0.5) -> float:
+    """log of the mean wealth over edges and over both kinds of start: valid under any dependence between them.
+
+    plain_share: weight of the bets that start with the first tick; the rest is on a free start.
+    """
     if not processes:
         raise ValueError("no edge to judge by")
-    values = [value for process in processes for value in process.log_e]
-    return float(np.logaddexp.reduce(np.asarray(values))) - math.log(len(values))
+    weights = (math.log(plain_share), math.log(1 - plain_share))
+    values = [value + weight for process in processes for value, weight in zip(process.log_e, weights, strict=True)]
+    return float(np.logaddexp.reduce(np.asarray(values))) - math.log(len(processes))
 
 
 @njit(cache=True)
@@ -191,29 +217,33 @@ def first_crossing(
     overs: Counts,
     log_nulls: Floats,
     log_ratios: Floats,
-    stakes: Floats,
+    rule: Floats,
+    scales: Floats,
+    plain_share: float,
     max_ticks: int,
     log_limit: float,
 ) -> int:
     """First tick (from 1) at which the mean wealth over edges and starts reaches a limit; 0 when it never does.
 
     The same process as `EdgeProcess` and `combined_log_e` over a whole step at once, for planning and replay.
-    totals: [tick, arm] requests, arm 0 the canary. overs: [tick, edge, arm] of them over each edge. stakes: one for
-    each alternative.
+    totals: [tick, arm] requests, arm 0 the canary. overs: [tick, edge, arm] of them over each edge. rule: stakes, see
+    `tempering`. scales: [tick, edge] of them; empty for 1 throughout.
     """
     edges, count = overs.shape[1], log_ratios.size
     plain, restart = np.zeros((edges, count)), np.full((edges, count), -np.inf)
-    prior = -math.log(max_ticks)
+    stakes, prior = np.zeros(count), -math.log(max_ticks)
+    on_plain, on_restart = math.log(plain_share), math.log(1 - plain_share)
     for t in range(totals.shape[0]):
         top = -np.inf
         for e in range(edges):
-            increments = stakes * log_increments(
-                overs[t, e, 0], totals[t, 0], overs[t, e, 1], totals[t, 1], log_nulls[e], log_ratios
-            )
+            x, n1, y, n2 = overs[t, e, 0], totals[t, 0], overs[t, e, 1], totals[t, 1]
+            scale = scales[t, e] if scales.size else 1.0
+            fill_stakes(rule, scale, log_nulls[e], log_ratios, information(n1, n2, x + y), stakes)
+            increments = stakes * log_increments(x, n1, y, n2, log_nulls[e], log_ratios)
             plain[e] += increments
             restart[e] = np.logaddexp(restart[e], prior) + increments
             top = max(top, plain[e].max(), restart[e].max())
-        total = np.exp(plain - top).sum() + np.exp(restart - top).sum()
-        if top + math.log(total) - math.log(2 * edges * count) >= log_limit:
+        total = np.exp(plain - top + on_plain).sum() + np.exp(restart - top + on_restart).sum()
+        if top + math.log(total) - math.log(edges * count) >= log_limit:
             return t + 1
     return 0

@@ -16,14 +16,13 @@ import numpy as np
 from optiinfra_pipelines.domain.rollouts import RolloutPlan, Stage, Step
 from optiinfra_pipelines.rollout.eprocess import (
     ERROR_ALTERNATIVES,
-    LATENCY_ALTERNATIVES,
     Counts,
     Floats,
     first_crossing,
-    latency_stakes,
 )
-from optiinfra_pipelines.rollout.judge import ERROR_NULL_ODDS
+from optiinfra_pipelines.rollout.judge import ERROR_NULL_ODDS, LATENCY_PLAIN_SHARE
 from optiinfra_pipelines.rollout.margins import StableHistogram, judged_edges, merge
+from optiinfra_pipelines.rollout.tempering import LATENCY_ALTERNATIVES, latency_rule, plain_rule
 
 TICK_SECONDS = 5.0
 # Found in nine of ten simulated steps: with the median, every second bad candidate would outlive its step.
@@ -151,7 +150,7 @@ def _latency_seconds(
         np.array(usual),
         log_nulls,
         LATENCY_ALTERNATIVES,
-        latency_stakes(stake),
+        (latency_rule(stake), LATENCY_PLAIN_SHARE),
         (canary_rate, baseline_rate),
         limit,
         seed,
@@ -164,7 +163,7 @@ def _error_seconds(canary_rate: float, baseline_rate: float, limit: float, seed:
         np.array([_USUAL_ERROR_RATIO]),
         np.log(np.array([ERROR_NULL_ODDS])),
         ERROR_ALTERNATIVES,
-        (1.0,) * len(ERROR_ALTERNATIVES),
+        (plain_rule([1.0] * len(ERROR_ALTERNATIVES)), 0.5),
         (canary_rate, baseline_rate),
         limit,
         seed,
@@ -176,12 +175,12 @@ def _found_seconds(
     baseline_tails: Floats,
     log_nulls: Floats,
     alternatives: Sequence[float],
-    stakes: Sequence[float],
+    bets: tuple[Floats, float],
     rates: tuple[float, float],
     limit: float,
     seed: int,
 ) -> float | None:
-    """Time by which nine of ten simulated steps cross; None past the longest step."""
+    """Time by which nine of ten simulated steps cross; None past the longest. bets: rule, share of plain ones."""
     random = np.random.default_rng(seed)
     log_ratios = np.log(np.asarray(alternatives, dtype=np.float64))
     # At a crawl of traffic most ticks are empty; longer ticks say the same with less work.
@@ -194,7 +193,9 @@ def _found_seconds(
             overs = np.stack(
                 [_nested(random, totals[:, 0], canary_tails), _nested(random, totals[:, 1], baseline_tails)], axis=2
             )
-            crossed = first_crossing(totals, overs, log_nulls, log_ratios, np.array(stakes), horizon, limit)
+            crossed = first_crossing(
+                totals, overs, log_nulls, log_ratios, bets[0], np.zeros((0, 0)), bets[1], horizon, limit
+            )
             crossings.append(crossed if crossed else math.inf)
         found = sorted(crossings)[math.ceil(FOUND_RATIO * SIMULATED_STEPS) - 1]
         if math.isfinite(found):

@@ -14,11 +14,12 @@ from typing import Any
 import polars as pl
 
 from optiinfra_pipelines.domain.rollouts import RolloutPlan
-from optiinfra_pipelines.rollout.calibration import DEFAULT_STAKE, Calibration
+from optiinfra_pipelines.rollout.calibration import Calibration
 from optiinfra_pipelines.rollout.counts import Buckets, CountTracker, ProcessPage
 from optiinfra_pipelines.rollout.guards import ReplicaHealth
 from optiinfra_pipelines.rollout.margins import StableHistogram, judged_edges
 from optiinfra_pipelines.rollout.planner import Traffic
+from optiinfra_pipelines.rollout.tempering import DEFAULT_STAKE
 from resources.rollouts.clock import Moment
 from resources.rollouts.history import StableHistory, lowest
 from resources.rollouts.ports import Readings

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import polars as pl
 import structlog
 
-from optiinfra_pipelines.rollout.calibration import Calibration, calibrate, windows
+from optiinfra_pipelines.rollout.calibration import Calibration, calibrate, drifts, windows
 from optiinfra_pipelines.rollout.margins import JudgedEdge, StableHistogram
 from resources.warehouse import Warehouse, WarehouseError
 
@@ -91,7 +91,9 @@ class StableHistory:
         """The stake at which stable replicas, judged against each other over the last day, hardly ever fail."""
         found = self._increments(signal, now - REPLAY, now)
         replicas = self._ticks(found, [edge.bound_seconds for edge in edges], now)
-        return calibrate(windows(replicas, REPLAY_TICKS), [edge.null_odds for edge in edges], alpha=alpha)
+        null_odds = [edge.null_odds for edge in edges]
+        replays = windows(replicas, REPLAY_TICKS)
+        return calibrate(replays, null_odds, alpha=alpha, drift=drifts(replicas, null_odds) if replays else ())
 
     def _ticks(
         self, found: Sequence[_Increments], bounds: Sequence[float], now: datetime

@@ -14,11 +14,12 @@ from scipy.stats import lognorm
 
 from optiinfra_pipelines.domain.rollout_policy import DryRunSettings
 from optiinfra_pipelines.domain.rollouts import RolloutPlan
-from optiinfra_pipelines.rollout.calibration import DEFAULT_STAKE, Calibration
+from optiinfra_pipelines.rollout.calibration import Calibration
 from optiinfra_pipelines.rollout.counts import Buckets, ProcessPage
 from optiinfra_pipelines.rollout.guards import ReplicaHealth
 from optiinfra_pipelines.rollout.margins import StableHistogram
 from optiinfra_pipelines.rollout.planner import Traffic
+from optiinfra_pipelines.rollout.tempering import DEFAULT_STAKE
 from resources.rollouts.clock import Moment
 from resources.rollouts.ports import Readings, StagingReport
 from resources.rollouts.targets import RolloutTarget

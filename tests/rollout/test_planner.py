@@ -7,10 +7,11 @@ import pytest
 from scipy.stats import lognorm
 
 from optiinfra_pipelines.domain.rollouts import RolloutPlan, Stage
-from optiinfra_pipelines.rollout.calibration import DEFAULT_STAKE, calibrate, windows
-from optiinfra_pipelines.rollout.eprocess import EdgeProcess, TickCounts, combined_log_e, first_crossing, latency_stakes
+from optiinfra_pipelines.rollout.calibration import calibrate, windows
+from optiinfra_pipelines.rollout.eprocess import EdgeProcess, TickCounts, combined_log_e, first_crossing
 from optiinfra_pipelines.rollout.margins import StableHistogram
 from optiinfra_pipelines.rollout.planner import PlanRefusal, Traffic, detection_seconds, plan_steps, stages
+from optiinfra_pipelines.rollout.tempering import DEFAULT_STAKE, latency_rule
 
 BOUNDS = (0.1, 0.25, 0.5, 0.75, 1.0, 2.5, math.inf)
 
@@ -95,20 +96,20 @@ def test_the_replay_is_the_judge_itself() -> None:
     nulls, ratios = np.array([1.3, 1.4]), np.log(np.array([1.15, 1.3, 1.6, 2.2, 3.5, 6.0, 15.0]))
     totals = random.poisson([10, 90], (200, 2)).astype(np.int64)
     overs = random.binomial(totals[:, None, :], np.array([[[0.6, 0.37], [0.2, 0.1]]])).astype(np.int64)
-    edges = [EdgeProcess(null, stake=0.5, max_ticks=200, stakes=latency_stakes(0.5)) for null in nulls.tolist()]
+    edges = [EdgeProcess(null, max_ticks=200, rule=latency_rule(0.5)) for null in nulls.tolist()]
     crossed = 0
     for tick in range(200):
         for index, edge in enumerate(edges):
             (ours, theirs), (our_total, their_total) = overs[tick, index].tolist(), totals[tick].tolist()
             edge.observe(TickCounts(our_total, ours, their_total, theirs))
-        if not crossed and combined_log_e(edges) >= math.log(100):
+        if not crossed and combined_log_e(edges, 0.15) >= math.log(100):
             crossed = tick + 1
 
     assert crossed > 1
-    assert (
-        first_crossing(totals, overs, np.log(nulls), ratios, np.array(latency_stakes(0.5)), 200, math.log(100))
-        == crossed
+    found = first_crossing(
+        totals, overs, np.log(nulls), ratios, latency_rule(0.5), np.zeros((0, 0)), 0.15, 200, math.log(100)
     )
+    assert found == crossed
 
 
 def replicas(count: int, ticks: int, drift: float, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -85,5 +85,5 @@ def test_hours_without_data_are_no_harmless_windows(warehouse: Warehouse) -> Non
     found = history.calibration(SIGNAL, [JudgedEdge(0.5, 0.3, 1.3)], NOW, alpha=0.01)
 
     assert found.windows == 6 * 8  # the twenty hours before are not harmless, they are not there
-    assert found.stake == 0.5
-    assert "48 of 50 windows" in found.reason
+    assert found.stake < 0.5  # few windows, but minutes enough to see how far these replicas drift
+    assert "48 of 50 windows: stake 0.1 for their drift" in found.reason
