@@ -21,6 +21,7 @@ BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0
 def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--port", type=int, required=True)
+    arguments.add_argument("--host", default="127.0.0.1")
     arguments.add_argument("--max-num-seqs", type=int, default=64)
     arguments.add_argument("--latency-ms", type=float, default=20.0)
     arguments.add_argument("--error-ratio", type=float, default=0.0)
@@ -73,7 +74,7 @@ def main() -> None:
         daemon_threads = True
         request_queue_size = 256
 
-    server = Server(("127.0.0.1", given.port), Handler)
+    server = Server((given.host, given.port), Handler)
     signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
     server.serve_forever(poll_interval=0.05)
 

@@ -1,0 +1,174 @@
+"""Rollouts on Kubernetes with pods that run: real staging, real pages of both arms, real counts of a proxy.
+
+The API server and the node are the tests' own; what serves is the fake engine, one process a pod.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from optiinfra_pipelines.domain.fleet import Deployment, Fleet
+from optiinfra_pipelines.domain.rollout_policy import DeploymentRollouts, RolloutPolicy
+from optiinfra_pipelines.domain.rollout_targets import GatewayPage, KubernetesSettings
+from optiinfra_pipelines.domain.rollouts import Change, KnobGroup, Proposal, RolloutPlan, RolloutState
+from resources.rollouts.clock import Moment, now_here
+from resources.rollouts.desk import Rollouts
+from resources.rollouts.targets import TargetError
+from resources.rollouts.targets.gateway_page import GatewayCounters
+from tests.rollouts import kube_kit
+from tests.rollouts.kube_pods import Node, Proxy
+from tests.rollouts.kube_server import KubeServer
+
+SPEED = 12.0
+
+
+@pytest.fixture
+def node() -> Node:
+    return Node()
+
+
+@pytest.fixture
+def server(node: Node) -> Iterator[KubeServer]:
+    made = KubeServer(run_pod=node.run, end_pod=node.end)
+    made.put("services", kube_kit.service())
+    made.put("deployments", kube_kit.deployment(["--max-num-seqs", "64"], replicas=2))
+    made.put("httproutes", kube_kit.route())
+    node.until_up(made)
+    yield made
+    made.close()
+
+
+def settings(server: KubeServer, node: Node, folder: Path, proxy: Proxy | None) -> KubernetesSettings:
+    page = GatewayPage(url=proxy.url) if proxy is not None else None
+    return kube_kit.settings(server, folder, port=node.port, gateway=page)
+
+
+class Fast:
+    """The real clock, running SPEED times faster."""
+
+    def __init__(self) -> None:
+        self._start = now_here()
+
+    def __call__(self) -> Moment:
+        now = now_here()
+        passed = (now.seconds - self._start.seconds) * (SPEED - 1)
+        return replace(now, at=now.at + timedelta(seconds=passed), seconds=now.seconds + passed)
+
+
+def rollouts(given: KubernetesSettings, folder: Path, clock: Fast) -> Rollouts:
+    fleet = Fleet(deployments=(Deployment(name="chat", model="tiny"),))
+    policy = RolloutPolicy(deployments=(DeploymentRollouts(deployment="chat", kubernetes=given),))
+    return Rollouts(fleet, policy, folder / "state", environ={}, clock=clock)
+
+
+def approved(made: Rollouts, group: KnobGroup, flags: dict[str, str | None]) -> None:
+    proposal = Proposal(
+        rollout_id="chat-1",
+        change=Change(deployment="chat", knob_group=group, current={}, proposed=flags),
+        plan=RolloutPlan(
+            percents=(10.0, 50.0, 100.0),
+            bake_minutes=1.0,
+            warm_up_seconds=10.0,
+            latency_signals=("time_to_first_token_seconds",),
+            min_requests=100,
+        ),
+        target="kubernetes",
+        requester="alice",
+        reason="a test",
+        created_at=made.clock().at,
+    )
+    row = made.propose(proposal)
+    made.approve("chat-1", "bob", row.proposal_hash, "", "", None)
+
+
+def test_pods_of_both_arms_are_asked_and_the_proxy_tells_what_clients_saw(
+    server: KubeServer, node: Node, tmp_path: Path
+) -> None:
+    """What the desk assembles for a rollout: addresses, readiness, pages, the proxy's counts, requests in flight."""
+    with Proxy(server, node, threads=2) as proxy:
+        clock = Fast()
+        made = rollouts(settings(server, node, tmp_path, proxy), tmp_path, clock)
+        approved(made, KnobGroup.BATCHING, {"max_num_seqs": "128"})
+        parts = made.parts(made.store.get("chat-1"))
+        parts.target.claim("chat-1", 1)
+        assert parts.staging.not_ready(clock()) == "there is no Deployment llm/chat-candidate"
+        parts.target.start_candidates(1, {"max_num_seqs": "128"}, 1)
+        node.until_up(server)
+        assert parts.staging.not_ready(clock()) is None
+        parts.target.set_share(50.0, 1)
+        until = time.monotonic() + 30
+        while proxy.counts["chat-candidate", "200"] < 5:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        readings = parts.feed.read(clock())
+        parts.target.set_share(0.0, 1)
+        until = time.monotonic() + 30
+        while not parts.target.drain(1):
+            assert time.monotonic() < until
+
+    assert parts.feed.counts_errors
+    assert [page.process.rsplit("/", 1)[-1] for page in readings.baseline] == ["0", "0", "stable@gateway"]
+    [engine, gateway] = readings.canary
+    assert engine.histograms["time_to_first_token_seconds"].cumulative[-1] >= 4
+    assert gateway.requests is not None
+    assert gateway.requests >= 5
+    assert gateway.failed == 0
+    [health] = readings.health
+    assert health.is_process_alive
+    assert health.failed_probes == 0
+
+
+def test_a_proxys_page_counts_answers_of_5xx_and_none_at_all(server: KubeServer, node: Node) -> None:
+    proxy = Proxy(server, node, threads=0)
+    proxy.counts.update({("chat", "200"): 90, ("chat", "503"): 4, ("chat-candidate", "0"): 3, ("other", "500"): 9})
+    with proxy:
+        counters = GatewayCounters(GatewayPage(url=proxy.url))
+        counts = counters.read("chat-candidate", "chat")
+        assert (counts.stable["stable"].requests, counts.stable["stable"].failed) == (94, 4)
+        assert (counts.candidate["candidate"].requests, counts.candidate["candidate"].failed) == (3, 3)
+        renamed = GatewayPage(url=proxy.url, stable="other", candidate="nobody")
+        counts = GatewayCounters(renamed).read("chat-candidate", "chat")
+        assert (counts.stable["stable"].failed, counts.candidate["candidate"].requests) == (9, 0)
+    with pytest.raises(TargetError, match=r"the gateway's page http://127.* cannot be read: ConnectError"):
+        counters.read("chat-candidate", "chat")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+@pytest.mark.parametrize(
+    ("group", "flags", "ends"),
+    [
+        (KnobGroup.BATCHING, {"max_num_seqs": "128"}, RolloutState.COMPLETED),
+        (KnobGroup.OTHER, {"latency_ms": "45"}, RolloutState.ROLLED_BACK),
+    ],
+    ids=["good", "slow"],
+)
+def test_whole_rollouts_under_traffic(
+    server: KubeServer,
+    node: Node,
+    tmp_path: Path,
+    group: KnobGroup,
+    flags: dict[str, str | None],
+    ends: RolloutState,
+) -> None:
+    """Staging, canary, steps, bake and promotion, or the way back; judged by the pods' own pages."""
+    with Proxy(server, node) as proxy:
+        clock = Fast()
+        made = rollouts(settings(server, node, tmp_path, proxy), tmp_path, clock)
+        approved(made, group, flags)
+        executor = made.executor("chat-1", "test")
+        executor.begin(clock())
+        until = time.monotonic() + 360
+        while not (progress := executor.step(clock())).is_done:
+            assert time.monotonic() < until, progress
+            time.sleep(5.0 / SPEED)
+
+    story = "\n".join(one.reason for one in made.store.events("chat-1"))
+    assert made.store.get("chat-1").position.state is ends, story
+    assert server.weights() == [{"chat": None}]
+    assert [one["metadata"]["name"] for one in server.all("deployments")] == ["chat"]
+    assert proxy.counts["chat-candidate", "200"] > 100
