@@ -146,6 +146,8 @@ def main() -> None:
             print("  |", line.rstrip(), flush=True)
             if "stop    Ctrl-C" in line:
                 break
+        else:
+            raise SystemExit("optiinfra up ended by itself; what it said is above")
         measure(psutil.Process(product.pid), home, window, step)
     finally:
         product.send_signal(signal.SIGTERM)

@@ -13,10 +13,10 @@ from types import MappingProxyType
 from typing import Any, get_args
 from urllib.parse import parse_qsl, urlsplit
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from optiinfra_pipelines.domain.fleet import Fleet
+from optiinfra_pipelines.domain.fleet import Cadence, Fleet
 from optiinfra_pipelines.domain.thresholds import THRESHOLDS
 from optiinfra_pipelines.settings_yaml import Document, KeyPath, Value
 
@@ -172,6 +172,9 @@ def check_fleet(document: Document) -> None:
         _check_webhook(document, ("alerts", "webhook"), str(alerts["webhook"]))
     for index, deployment in lists["deployments"].items():
         _check_deployment(document, ("deployments", index), deployment)
+    cadence = document.value.get("cadence")
+    if isinstance(cadence, dict):
+        _check_cadence(document, cadence)
     thresholds = document.value.get("thresholds")
     if isinstance(thresholds, dict):
         _check_thresholds(document, thresholds)
@@ -299,6 +302,22 @@ def _check_deployment(document: Document, path: KeyPath, deployment: Mapping[str
             document.complain(here, message)
         elif kind in ("error_ratio", "availability", "goodput") and "threshold_seconds" in objective:
             document.complain((*here, "threshold_seconds"), f"means nothing for {kind}; remove it")
+
+
+def _check_cadence(document: Document, cadence: Mapping[str, Value]) -> None:
+    """A tick that waits longer than the next one may come is told by a number, not by gaps in the data."""
+    given = {name: cadence[name] for name in ("scrape_deadline_seconds", "collect_seconds") if name in cadence}
+    try:
+        written = Cadence.model_validate(given)
+    except ValidationError:
+        return  # each number by itself is told where it stands
+    if written.scrape_deadline_seconds >= written.collect_seconds:
+        name = "scrape_deadline_seconds" if "scrape_deadline_seconds" in cadence else "collect_seconds"
+        document.complain(
+            ("cadence", name),
+            f"a scrape may take {written.scrape_deadline_seconds:g} s and the next begins after "
+            f"{written.collect_seconds:g} s; choose a scrape_deadline_seconds below collect_seconds",
+        )
 
 
 def _check_thresholds(document: Document, thresholds: Mapping[str, Value]) -> None:

@@ -105,6 +105,8 @@ FAULTS = {
     "cadence: {collect_seconds: 5s}": "whole number of seconds, written without a unit, such as 5; got '5s'",
     "cadence: {collect_seconds: 0:05}": "a whole number of seconds",
     "cadence: {collect_seconds: 4}": "cadence.collect_seconds: must be at least 5 seconds; got '4'",
+    "cadence: {scrape_deadline_seconds: 5}": "1:11: cadence.scrape_deadline_seconds: a scrape may take 5 s and the "
+    "next begins after 5 s; choose a scrape_deadline_seconds below collect_seconds",
     "cadence: {scrape_deadline_seconds: .inf}": "scrape_deadline_seconds: wants a number of seconds",
     "retention: {raw_hours: 2 days}": "retention.raw_hours: wants a whole number of hours, written without a unit",
     'deployments: [{name: a, model: m, price_usd_per_gpu_hour: "$2"}]': "price_usd_per_gpu_hour: wants a number of US "

@@ -15,26 +15,31 @@ samples as (
 grown as (
 
     -- Driver counters start again from zero with the driver.
+    -- A counter that one reading lacks has grown since the last reading that has it.
     select
         *,
         utc_step(60, sampled_at) as minute_at,
         epoch(sampled_at) - epoch(lag(sampled_at) over by_time) as gap_seconds,
-        counter_increase(lag(energy_joules_total) over by_time, energy_joules_total) as energy_joules,
-        counter_increase(lag(power_throttle_seconds_total) over by_time, power_throttle_seconds_total)
+        counter_increase(lag(energy_joules_total ignore nulls) over by_time, energy_joules_total) as energy_joules,
+        counter_increase(lag(power_throttle_seconds_total ignore nulls) over by_time, power_throttle_seconds_total)
             as power_throttle_seconds,
-        counter_increase(lag(thermal_throttle_seconds_total) over by_time, thermal_throttle_seconds_total)
+        counter_increase(lag(thermal_throttle_seconds_total ignore nulls) over by_time, thermal_throttle_seconds_total)
             as thermal_throttle_seconds,
-        counter_increase(lag(hardware_slowdown_seconds_total) over by_time, hardware_slowdown_seconds_total)
-            as hardware_slowdown_seconds,
-        counter_increase(lag(ecc_corrected_total) over by_time, ecc_corrected_total) as ecc_corrected,
-        counter_increase(lag(ecc_uncorrected_total) over by_time, ecc_uncorrected_total) as ecc_uncorrected,
-        counter_increase(lag(xid_total) over by_time, xid_total) as xid,
-        counter_increase(lag(pcie_replay_total) over by_time, pcie_replay_total) as pcie_replay,
-        counter_increase(lag(pcie_tx_bytes_total) over by_time, pcie_tx_bytes_total) as pcie_tx_bytes,
-        counter_increase(lag(pcie_rx_bytes_total) over by_time, pcie_rx_bytes_total) as pcie_rx_bytes,
-        counter_increase(lag(nvlink_tx_bytes_total) over by_time, nvlink_tx_bytes_total) as nvlink_tx_bytes,
-        counter_increase(lag(nvlink_rx_bytes_total) over by_time, nvlink_rx_bytes_total) as nvlink_rx_bytes,
-        counter_increase(lag(nvlink_errors_total) over by_time, nvlink_errors_total) as nvlink_errors
+        counter_increase(
+            lag(hardware_slowdown_seconds_total ignore nulls) over by_time, hardware_slowdown_seconds_total
+        ) as hardware_slowdown_seconds,
+        counter_increase(lag(ecc_corrected_total ignore nulls) over by_time, ecc_corrected_total) as ecc_corrected,
+        counter_increase(lag(ecc_uncorrected_total ignore nulls) over by_time, ecc_uncorrected_total)
+            as ecc_uncorrected,
+        counter_increase(lag(xid_total ignore nulls) over by_time, xid_total) as xid,
+        counter_increase(lag(pcie_replay_total ignore nulls) over by_time, pcie_replay_total) as pcie_replay,
+        counter_increase(lag(pcie_tx_bytes_total ignore nulls) over by_time, pcie_tx_bytes_total) as pcie_tx_bytes,
+        counter_increase(lag(pcie_rx_bytes_total ignore nulls) over by_time, pcie_rx_bytes_total) as pcie_rx_bytes,
+        counter_increase(lag(nvlink_tx_bytes_total ignore nulls) over by_time, nvlink_tx_bytes_total)
+            as nvlink_tx_bytes,
+        counter_increase(lag(nvlink_rx_bytes_total ignore nulls) over by_time, nvlink_rx_bytes_total)
+            as nvlink_rx_bytes,
+        counter_increase(lag(nvlink_errors_total ignore nulls) over by_time, nvlink_errors_total) as nvlink_errors
 
     from samples
 

@@ -18,15 +18,15 @@ grown as (
         *,
         utc_step(60, sampled_at) as minute_at,
         epoch(sampled_at) - epoch(lag(sampled_at) over by_time) as gap_seconds,
-        counter_increase(lag(read_bytes_total) over by_time, read_bytes_total) as read_bytes,
-        counter_increase(lag(write_bytes_total) over by_time, write_bytes_total) as write_bytes,
-        counter_increase(lag(reads_total) over by_time, reads_total) as reads,
-        counter_increase(lag(writes_total) over by_time, writes_total) as writes,
-        counter_increase(lag(read_seconds_total) over by_time, read_seconds_total) as read_seconds,
-        counter_increase(lag(write_seconds_total) over by_time, write_seconds_total) as write_seconds,
-        counter_increase(lag(busy_seconds_total) over by_time, busy_seconds_total) as busy_seconds,
-        counter_increase(lag(errors_total) over by_time, errors_total) as errors,
-        counter_increase(lag(drops_total) over by_time, drops_total) as drops
+        counter_increase(lag(read_bytes_total ignore nulls) over by_time, read_bytes_total) as read_bytes,
+        counter_increase(lag(write_bytes_total ignore nulls) over by_time, write_bytes_total) as write_bytes,
+        counter_increase(lag(reads_total ignore nulls) over by_time, reads_total) as reads,
+        counter_increase(lag(writes_total ignore nulls) over by_time, writes_total) as writes,
+        counter_increase(lag(read_seconds_total ignore nulls) over by_time, read_seconds_total) as read_seconds,
+        counter_increase(lag(write_seconds_total ignore nulls) over by_time, write_seconds_total) as write_seconds,
+        counter_increase(lag(busy_seconds_total ignore nulls) over by_time, busy_seconds_total) as busy_seconds,
+        counter_increase(lag(errors_total ignore nulls) over by_time, errors_total) as errors,
+        counter_increase(lag(drops_total ignore nulls) over by_time, drops_total) as drops
 
     from samples
 

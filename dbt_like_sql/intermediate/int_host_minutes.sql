@@ -19,30 +19,42 @@ grown as (
         *,
         utc_step(60, sampled_at) as minute_at,
         epoch(sampled_at) - epoch(lag(sampled_at) over by_time) as gap_seconds,
-        counter_increase(lag(cpu_user_seconds_total) over by_time, cpu_user_seconds_total) as cpu_user_seconds,
-        counter_increase(lag(cpu_system_seconds_total) over by_time, cpu_system_seconds_total) as cpu_system_seconds,
-        counter_increase(lag(cpu_idle_seconds_total) over by_time, cpu_idle_seconds_total) as cpu_idle_seconds,
-        counter_increase(lag(cpu_iowait_seconds_total) over by_time, cpu_iowait_seconds_total) as cpu_iowait_seconds,
-        counter_increase(lag(cpu_steal_seconds_total) over by_time, cpu_steal_seconds_total) as cpu_steal_seconds,
-        counter_increase(lag(context_switches_total) over by_time, context_switches_total) as context_switches,
-        counter_increase(lag(swap_in_bytes_total) over by_time, swap_in_bytes_total) as swap_in_bytes,
-        counter_increase(lag(swap_out_bytes_total) over by_time, swap_out_bytes_total) as swap_out_bytes,
-        counter_increase(lag(major_faults_total) over by_time, major_faults_total) as major_faults,
-        counter_increase(lag(oom_kills_total) over by_time, oom_kills_total) as oom_kills,
-        counter_increase(lag(psi_cpu_some_seconds_total) over by_time, psi_cpu_some_seconds_total)
+        counter_increase(lag(cpu_user_seconds_total ignore nulls) over by_time, cpu_user_seconds_total)
+            as cpu_user_seconds,
+        counter_increase(lag(cpu_system_seconds_total ignore nulls) over by_time, cpu_system_seconds_total)
+            as cpu_system_seconds,
+        counter_increase(lag(cpu_idle_seconds_total ignore nulls) over by_time, cpu_idle_seconds_total)
+            as cpu_idle_seconds,
+        counter_increase(lag(cpu_iowait_seconds_total ignore nulls) over by_time, cpu_iowait_seconds_total)
+            as cpu_iowait_seconds,
+        counter_increase(lag(cpu_steal_seconds_total ignore nulls) over by_time, cpu_steal_seconds_total)
+            as cpu_steal_seconds,
+        counter_increase(lag(context_switches_total ignore nulls) over by_time, context_switches_total)
+            as context_switches,
+        counter_increase(lag(swap_in_bytes_total ignore nulls) over by_time, swap_in_bytes_total) as swap_in_bytes,
+        counter_increase(lag(swap_out_bytes_total ignore nulls) over by_time, swap_out_bytes_total) as swap_out_bytes,
+        counter_increase(lag(major_faults_total ignore nulls) over by_time, major_faults_total) as major_faults,
+        counter_increase(lag(oom_kills_total ignore nulls) over by_time, oom_kills_total) as oom_kills,
+        counter_increase(lag(psi_cpu_some_seconds_total ignore nulls) over by_time, psi_cpu_some_seconds_total)
             as psi_cpu_some_seconds,
-        counter_increase(lag(psi_memory_some_seconds_total) over by_time, psi_memory_some_seconds_total)
+        counter_increase(lag(psi_memory_some_seconds_total ignore nulls) over by_time, psi_memory_some_seconds_total)
             as psi_memory_some_seconds,
-        counter_increase(lag(psi_memory_full_seconds_total) over by_time, psi_memory_full_seconds_total)
+        counter_increase(lag(psi_memory_full_seconds_total ignore nulls) over by_time, psi_memory_full_seconds_total)
             as psi_memory_full_seconds,
-        counter_increase(lag(psi_io_some_seconds_total) over by_time, psi_io_some_seconds_total) as psi_io_some_seconds,
-        counter_increase(lag(psi_io_full_seconds_total) over by_time, psi_io_full_seconds_total) as psi_io_full_seconds,
-        counter_increase(lag(tcp_retransmits_total) over by_time, tcp_retransmits_total) as tcp_retransmits,
-        counter_increase(lag(cgroup_cpu_throttled_seconds_total) over by_time, cgroup_cpu_throttled_seconds_total)
-            as cgroup_cpu_throttled_seconds,
-        counter_increase(lag(cgroup_cpu_throttled_periods_total) over by_time, cgroup_cpu_throttled_periods_total)
-            as cgroup_cpu_throttled_periods,
-        counter_increase(lag(cgroup_oom_kills_total) over by_time, cgroup_oom_kills_total) as cgroup_oom_kills
+        counter_increase(lag(psi_io_some_seconds_total ignore nulls) over by_time, psi_io_some_seconds_total)
+            as psi_io_some_seconds,
+        counter_increase(lag(psi_io_full_seconds_total ignore nulls) over by_time, psi_io_full_seconds_total)
+            as psi_io_full_seconds,
+        counter_increase(lag(tcp_retransmits_total ignore nulls) over by_time, tcp_retransmits_total)
+            as tcp_retransmits,
+        counter_increase(
+            lag(cgroup_cpu_throttled_seconds_total ignore nulls) over by_time, cgroup_cpu_throttled_seconds_total
+        ) as cgroup_cpu_throttled_seconds,
+        counter_increase(
+            lag(cgroup_cpu_throttled_periods_total ignore nulls) over by_time, cgroup_cpu_throttled_periods_total
+        ) as cgroup_cpu_throttled_periods,
+        counter_increase(lag(cgroup_oom_kills_total ignore nulls) over by_time, cgroup_oom_kills_total)
+            as cgroup_oom_kills
 
     from samples
 

@@ -18,11 +18,12 @@ grown as (
         *,
         utc_step(60, sampled_at) as minute_at,
         epoch(sampled_at) - epoch(lag(sampled_at) over by_time) as gap_seconds,
-        counter_increase(lag(cpu_seconds_total) over by_time, cpu_seconds_total) as cpu_seconds,
-        counter_increase(lag(run_queue_wait_seconds_total) over by_time, run_queue_wait_seconds_total)
+        counter_increase(lag(cpu_seconds_total ignore nulls) over by_time, cpu_seconds_total) as cpu_seconds,
+        counter_increase(lag(run_queue_wait_seconds_total ignore nulls) over by_time, run_queue_wait_seconds_total)
             as run_queue_wait_seconds,
-        counter_increase(lag(voluntary_switches_total) over by_time, voluntary_switches_total) as voluntary_switches,
-        counter_increase(lag(involuntary_switches_total) over by_time, involuntary_switches_total)
+        counter_increase(lag(voluntary_switches_total ignore nulls) over by_time, voluntary_switches_total)
+            as voluntary_switches,
+        counter_increase(lag(involuntary_switches_total ignore nulls) over by_time, involuntary_switches_total)
             as involuntary_switches
 
     from samples

@@ -19,7 +19,13 @@ def run(read_copy: Path, query: str, form: str) -> None:
             f"{read_copy} does not exist yet; start `optiinfra up` (or `optiinfra demo --once`) and ask again "
             "after the first refresh, about a minute later"
         )
-    with duckdb.connect(str(read_copy), read_only=True) as connection:
+    try:
+        opened = duckdb.connect(str(read_copy), read_only=True)
+    except duckdb.Error as error:
+        raise click.ClickException(
+            f"{read_copy} cannot be opened: {error}; move it away, and the next refresh makes it anew"
+        ) from error
+    with opened as connection:
         connection.execute("SET TimeZone = 'UTC'")
         try:
             frame = connection.sql(query).pl()

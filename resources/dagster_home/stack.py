@@ -20,6 +20,10 @@ _NEVER = {"purge_after_days": -1}
 _RETENTION = {"sensor": _NEVER, "schedule": _NEVER, "auto_materialize": _NEVER}
 
 
+# 8 s on an idle machine; on one with a load of 20 on two cores it took more than a minute.
+START_SECONDS = 240.0
+
+
 class PortTakenError(RuntimeError):
     """The port of the UI is in use; the message names it and the remedy."""
 
@@ -91,8 +95,8 @@ def children(dagster_home: Path, host: str, port: int) -> list[Child]:
     web = ["dagster_webserver", "-w", str(workspace), "-h", host, "-p", str(port), "--dagster-log-level", "warning"]
     daemon = ["dagster._daemon", "run", "-w", str(workspace), "--log-level", "warning"]
     return [
-        Child("code server", python + code, logs / "code_server.log", is_ready=sock.exists),
-        Child("web server", python + web, logs / "web_server.log", is_ready=lambda: _listens(host, port)),
+        Child("code server", python + code, logs / "code_server.log", sock.exists, START_SECONDS),
+        Child("web server", python + web, logs / "web_server.log", lambda: _listens(host, port), START_SECONDS),
         Child("daemon", python + daemon, logs / "daemon.log"),
     ]
 

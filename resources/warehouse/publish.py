@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from resources.warehouse.catalog import set_state, transaction
 from resources.warehouse.database import Database
-from resources.warehouse.errors import WarehouseLockedError
+from resources.warehouse.errors import WarehouseFileError, WarehouseLockedError
 from resources.warehouse.files import Layout, commit_file, temporary_beside
 
 _RETRY_SECONDS = 0.02
@@ -39,6 +39,8 @@ def publish(
 ) -> Publication:
     """Copy the live file to read.duckdb, unless that is the same already. Callers hold `Layout.maintenance`."""
     begun = time.monotonic()
+    if layout.published.is_dir():
+        raise WarehouseFileError(f"{layout.published} is a folder, and the read copy goes there: move the folder away")
     with database.alone(deadline_seconds):
         if _is_current(layout):
             return Publication(layout.published, layout.published.stat().st_size, time.monotonic() - begun, False)

@@ -189,6 +189,14 @@ def test_the_copy_is_whole_and_its_readers_are_left_in_peace(warehouse: Warehous
     assert told == [(clock.now.isoformat(),)]
 
 
+def test_a_folder_in_the_copys_place_is_named(warehouse: Warehouse) -> None:
+    fill(warehouse, 1)
+    warehouse.read_path.mkdir()
+
+    with pytest.raises(WarehouseError, match=r"read\.duckdb is a folder"):
+        warehouse.publish()
+
+
 def test_an_unchanged_file_is_not_copied_again(warehouse: Warehouse) -> None:
     """A refresh that found nothing new costs no disk writes; questions change nothing."""
     fill(warehouse, 1)
