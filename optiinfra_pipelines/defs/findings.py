@@ -21,6 +21,7 @@ _FINDINGS_FROM = (
     "stg_engine_samples",
     "stg_engine_histograms",
     "stg_engine_configs",
+    "int_scrape_minutes",
     "int_gpu_minutes",
     "int_host_minutes",
     "int_host_process_minutes",

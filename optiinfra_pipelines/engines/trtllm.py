@@ -72,7 +72,13 @@ TRTLLM = Dialect(
     columns={
         "requests_running": _take("num_requests_running"),
         "requests_waiting": _take("num_requests_waiting"),
-        "kv_cache_usage_ratio": _take("kv_cache_utilization", fold="max"),
+        # Dynamo's mocker prints the usage and preemptions of its scheduler under this prefix with vLLM's names.
+        "kv_cache_usage_ratio": (
+            *_take("kv_cache_utilization", fold="max"),
+            *_take("kv_cache_usage_perc", fold="max"),
+            *_take("gpu_cache_usage_perc", fold="max"),
+        ),
+        "preemptions_total": _take("num_preemptions_total"),
         "kv_cache_host_usage_ratio": _take("kv_cache_host_utilization", fold="max"),
         "kv_cache_used_tokens": _times("kv_cache_used_blocks", "kv_cache_tokens_per_block"),
         "kv_cache_capacity_tokens": _times("kv_cache_max_blocks", "kv_cache_tokens_per_block"),
@@ -144,7 +150,7 @@ TRTLLM = Dialect(
         _need("e2e_request_latency_seconds", _PERF),
         _need("num_requests_running", _STATS),
         _need("num_requests_waiting", _STATS),
-        _need("kv_cache_utilization", _STATS),
+        Need(tuple(p + name for name in ("kv_cache_utilization", "kv_cache_usage_perc") for p in _PREFIXES), _STATS),
         _need("prompt_tokens_total", "TensorRT-LLM later than 1.1; releases before print no token counters"),
         _need("generation_tokens_total", "TensorRT-LLM later than 1.1; releases before print no token counters"),
     ),

@@ -111,6 +111,13 @@ def _engine_windows(
     }
     fewest = {**times, "since": now - timedelta(days=1), "fewest": values["cache_query_tokens"]}
     hits = dict(connection.execute(_HITS, fewest).fetchall())
+    seen_before = {
+        name
+        for (name,) in connection.execute(
+            "select distinct target from int_scrape_minutes where minute_at < $1 and up_count > 0",
+            [start - timedelta(minutes=1)],
+        ).fetchall()
+    }
     ready = _ready_engines(fleet, scrapes, now - timedelta(seconds=values["stale_after_seconds"]))
     objectives = {deployment.name: deployment.objectives for deployment in fleet.deployments}
     parts = [_by(frame, "target") for frame in (scrapes, samples, histograms)]
@@ -124,6 +131,7 @@ def _engine_windows(
             samples=parts[1].get(target.name, samples.clear()),
             histograms=parts[2].get(target.name, histograms.clear()),
             is_clean=True,
+            is_new=target.name not in seen_before,
             bounds=bounds,
             ready_replicas=ready.get(target.deployment or "") or None,
             objectives=objectives.get(target.deployment or "", ()),

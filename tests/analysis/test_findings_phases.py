@@ -59,6 +59,19 @@ TRUTH: dict[str, set[tuple[str, str]]] = {
     f"{DYNAMO}/04_overload_c64": {("QUEUE_BUILDUP", "workers_full")},
     f"{DYNAMO}/05_drained_idle": set(),
     f"{DYNAMO}/worker": {("MEMORY_PRESSURE", "preemptions")},
+    "dynamo/1.6.1/mocker_vllm_kv/02_light_c1": set(),
+    "dynamo/1.6.1/mocker_vllm_kv/04_kv_pressure": {("MEMORY_PRESSURE", "preemptions")},
+    "dynamo/1.6.1/mocker_vllm_slots/03_shared_prefix_c6": set(),
+    "dynamo/1.6.1/mocker_vllm_slots/05_overload_slots": {("QUEUE_BUILDUP", "batch_slot_bound")},
+    "dynamo/1.6.1/mocker_vllm_dp2/05_overload_slots": {("QUEUE_BUILDUP", "batch_slot_bound")},
+    # No KV usage on the page: that the blocks are what is short cannot be told.
+    "dynamo/1.6.1/mocker_sglang_kv/04_kv_pressure": {("QUEUE_BUILDUP", "unattributed")},
+    "dynamo/1.6.1/mocker_sglang_slots/05_overload_slots": {("QUEUE_BUILDUP", "batch_slot_bound")},
+    "dynamo/1.6.1/mocker_trtllm_kv/03_shared_prefix_c6": set(),
+    # Requests wait for blocks that are reserved and not yet used: usage and slots both look free.
+    "dynamo/1.6.1/mocker_trtllm_kv/04_kv_pressure": {("QUEUE_BUILDUP", "unattributed")},
+    "dynamo/1.6.1/mocker_trtllm_kv/06_drained_idle": set(),
+    "dynamo/1.6.1/mocker_trtllm_slots/05_overload_slots": {("QUEUE_BUILDUP", "batch_slot_bound")},
     "dynamo/1.6.1/mocker_engine_type_sglang/overload_c48": {("QUEUE_BUILDUP", "workers_full")},
     # A cache at its watermark that evicts and answers as before is doing its work.
     "lmcache/0.5.6/mp_server_cpu": set(),

@@ -6,7 +6,7 @@ Not here: whether there was one (`bottlenecks`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -45,17 +45,42 @@ def queue_cause(window: EngineWindow, run: Stretch, values: Values) -> tuple[Que
     mean_running = sum(running) / len(running) if running else None
     if _fills_budget(window, run, mean_running, values):
         return "token_budget_bound", "steps carried as many tokens as their budget allows"
+    if usage is None and running and _is_held(run, running, flat):
+        return "batch_slot_bound", f"{max(running):g} requests ran and no more, while many times as many came and went"
     if usage is None or not running or not mean_running:
         return "unattributed", "KV usage or running requests are not told"
     cores = _cores(run)
-    is_flat = len(running) < 2 or min(running) >= flat * max(running)
-    if slots is None and is_flat and usage < values["kv_pressure_ratio"]:
+    if slots is None and _is_flat(running, flat) and usage < values["kv_spare_ratio"]:
         if cores is not None and cores >= values["pegged_cores"]:
             return "front_end_bound", "the serving process used a whole core while requests waited"
         return "batch_slot_bound", "running requests stayed at one number while KV blocks and tokens were free"
     if cores is not None and cores >= values["pegged_cores"]:
         return "front_end_bound", "the serving process used a whole core while slots and KV blocks were free"
     return "unattributed", "neither slots, tokens, KV blocks nor the serving process's CPU explain it"
+
+
+def _is_flat(running: Sequence[float], flat: float) -> bool:
+    """Whether requests ran up to a ceiling all the time: the most that ran, less a slot that stands empty for a step.
+
+    The batch fills when a queue begins and empties when it ends; in between one scrape, or one in ten, may be off.
+    """
+    most = max(running)
+    near = most if most <= 3 else min(most - 1, flat * most)
+    at = [place for place, number in enumerate(running) if number >= near]
+    span = at[-1] - at[0] + 1
+    return span - len(at) <= max(1, span // 10) and len(at) > len(running) / 2
+
+
+def _is_held(run: Stretch, running: Sequence[float], flat: float) -> bool:
+    """A ceiling that shows without KV usage: flat, mostly full, while requests of other lengths took turns.
+
+    A limit by KV blocks lets the number move with the lengths: five scrapes, three quarters of them full, and three
+    turns of the whole batch are too many to meet the same number by chance.
+    """
+    if len(running) < 5 or not _is_flat(running, flat):
+        return False
+    full = sum(number == max(running) for number in running)
+    return full >= 0.75 * len(running) and (run.grown("requests_finished_total") or 0) >= 3 * max(running)
 
 
 def _fills_budget(window: EngineWindow, run: Stretch, mean_running: float | None, values: Values) -> bool:

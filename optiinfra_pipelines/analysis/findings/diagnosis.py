@@ -15,9 +15,9 @@ from optiinfra_pipelines.analysis.findings.bottlenecks import (
     Queue,
     memory_pressure,
     queue_buildup,
-    waiting_runs,
 )
 from optiinfra_pipelines.analysis.findings.cache import cache_finding
+from optiinfra_pipelines.analysis.findings.doubts import memory_doubt, queue_doubt
 from optiinfra_pipelines.analysis.findings.latency_share import METRICS, Miss, miss, phase_shares
 from optiinfra_pipelines.analysis.findings.life import restart_finding, stale_finding
 from optiinfra_pipelines.analysis.findings.load import (
@@ -49,15 +49,16 @@ def diagnose(window: EngineWindow, values: Values) -> Diagnosis:
         return _diagnosis(
             window, [stale], dict.fromkeys((FindingKind.RESTARTED, *LOAD_KINDS), "there are no fresh data")
         )
-    restart = restart_finding(window, values)
-    own = [restart] if restart else []
+    own: list[Finding] = []
+    unknown: dict[FindingKind, str] = {}
+    _keep(own, unknown, FindingKind.RESTARTED, restart_finding(window, values))
     if window.vantage == "cache":
-        return _diagnosis(window, own, dict.fromkeys(LOAD_KINDS, "a cache server runs no requests"))
+        return _diagnosis(window, own, unknown | dict.fromkeys(LOAD_KINDS, "a cache server runs no requests"))
     if not window.steps:
         reason = "fewer than two comparable scrapes in the window: no counter can be seen to move"
-        return _diagnosis(window, own, dict.fromkeys(LOAD_KINDS, reason))
+        return _diagnosis(window, own, unknown | dict.fromkeys(LOAD_KINDS, reason))
     load, reasons = _load(window, values)
-    return _diagnosis(window, [*own, *load], reasons)
+    return _diagnosis(window, [*own, *load], unknown | reasons)
 
 
 def _diagnosis(window: EngineWindow, findings: list[Finding], reasons: Mapping[FindingKind, str]) -> Diagnosis:
@@ -125,10 +126,9 @@ def _memory(window: EngineWindow, values: Values, reasons: dict[FindingKind, str
         reasons[FindingKind.MEMORY_PRESSURE] = "neither preemptions nor waiting requests are exposed"
         return None
     pressed = memory_pressure(window, values)
-    newest = window.steps[-1]
-    is_short = (newest.gauge("kv_cache_usage_ratio") or 0) >= values["kv_full_ratio"]
-    if pressed is None and is_short and newest.gauge("requests_waiting"):
-        reasons[FindingKind.MEMORY_PRESSURE] = "requests wait at a full KV cache, not long enough yet to tell"
+    doubt = memory_doubt(window, values) if pressed is None else None
+    if doubt is not None:
+        reasons[FindingKind.MEMORY_PRESSURE] = doubt
     return pressed
 
 
@@ -144,10 +144,9 @@ def _queues(
         reasons[FindingKind.QUEUE_BUILDUP] = missing
         return []
     queues = queue_buildup(window, values, pressed)
-    if not queues and window.vantage != "frontend":
-        runs = waiting_runs(window, values, pressed, within=False)
-        if runs and runs[-1].until is None and runs[-1].shown_seconds < values["sustained_seconds"]:
-            reasons[FindingKind.QUEUE_BUILDUP] = "requests wait now, not long enough yet to tell"
+    doubt = None if queues else queue_doubt(window, values, pressed)
+    if doubt is not None:
+        reasons[FindingKind.QUEUE_BUILDUP] = doubt
     return queues
 
 

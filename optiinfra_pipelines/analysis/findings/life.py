@@ -59,8 +59,8 @@ def _stale(window: EngineWindow, cause: str, words: str, since: datetime) -> Fin
     return finding(window.subject, kind, cause, severity, span, window.source, summary, evidence)
 
 
-def restart_finding(window: EngineWindow, values: Values) -> Finding | None:
-    """The serving process started in the window: seen as it happened, or found fresh at first sight."""
+def restart_finding(window: EngineWindow, values: Values) -> Finding | str | None:
+    """The serving process started in the window: seen as it happened, or found fresh; a reason when nobody can tell."""
     restarts = [step for step in window.all_steps if is_restart(step)]
     if restarts:
         return _restarted(window, restarts[-1], len(restarts))
@@ -75,18 +75,24 @@ def _restarted(window: EngineWindow, step: Step, count: int) -> Finding:
     else:
         seen = sample_signal(window, step.fallen, step.fallen, "last", (step.end_at, step.end_at), "events")
     # A clock ahead of ours tells a start that is yet to come: it was at the latest when the page was read.
-    at = min(step.started_at, step.end_at) if step.started_at else step.start_at
+    at = min(step.started_at, step.end_at) if step.started_at and not step.was_running else step.start_at
     often = f" ({count} times in this window)" if count > 1 else ""
     how = "started anew" if told else "counts from zero again"
     summary = f"The serving process {how} at {at.isoformat(timespec='seconds')}{often}."
+    if step.was_running and step.started_at is not None:
+        begun = step.started_at.isoformat(timespec="seconds")
+        summary = f"Another process, started at {begun}, took over after {at.isoformat(timespec='seconds')}{often}."
     severity = Severity.CRITICAL if count > 1 else Severity.WARNING
     span = (at, step.end_at, step.end_at)
-    cause = "crash_loop" if count > 1 else "process_restart" if told else "counters_fell"
+    single = "process_replaced" if step.was_running else "process_restart" if told else "counters_fell"
+    cause = "crash_loop" if count > 1 else single
     return finding(window.subject, FindingKind.RESTARTED, cause, severity, span, window.source, summary, [seen])
 
 
-def _fresh(window: EngineWindow, values: Values) -> Finding | None:
-    """At first sight nobody knows what ran before; a young process that has counted nothing has just been started."""
+def _fresh(window: EngineWindow, values: Values) -> Finding | str | None:
+    """A young process that has counted nothing has just been started; behind a new target it is no restart."""
+    if window.is_new:
+        return None
     samples = window.tables.frames["stg_engine_samples"].sort("scraped_at")
     if samples.is_empty():
         return None
@@ -96,8 +102,10 @@ def _fresh(window: EngineWindow, values: Values) -> Finding | None:
         return None
     age = (seen_at - started_at).total_seconds()
     counted = [first[c] for c in ("requests_finished_total", "generation_tokens_total", "prompt_tokens_total")]
-    if not 0 <= age <= values["fresh_process_seconds"] or any(value != 0 for value in counted):
+    if not 0 <= age <= values["fresh_process_seconds"] or any(value not in (0, None) for value in counted):
         return None
+    if None in counted:
+        return f"first seen {age:.0f} s after its start, and what it had served by then is not told"
     evidence = [
         sample_signal(window, "requests_finished", "requests_finished_total", "last", (seen_at, seen_at), "requests")
     ]

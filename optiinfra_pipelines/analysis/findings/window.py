@@ -36,6 +36,8 @@ _LIFE = ("generation_tokens_total", "prompt_tokens_total", "requests_finished_to
 _RATIOS = ("kv_cache_usage_ratio", "kv_cache_host_usage_ratio", "kv_cache_reserved_ratio", "prefix_cache_hit_ratio")
 
 
+# A start time is a float of seconds that some engines compute anew: a second apart is the same process.
+_SAME_START = timedelta(seconds=1)
 # How far a target's clock may lag ours, as the SQL macro scrape_steps has it.
 CLOCK_LAG = timedelta(minutes=1)
 
@@ -69,7 +71,9 @@ class Step:
     observed: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     # What went backwards: a counter, or the start time when another process answered. Nothing can be compared then.
     fallen: str | None = None
+    # Start of a process that took over in this step, and whether it had run beside the one before it.
     started_at: datetime | None = None
+    was_running: bool = False
 
     @property
     def seconds(self) -> float:
@@ -94,7 +98,7 @@ class EngineWindow:
 
     scrapes, samples, histograms: rows of stg_scrapes, stg_engine_samples, stg_engine_histograms of this target; rows
     before `start` tell what was before (a restart needs it) and are not judged. is_clean: samples have passed `cleaned`
-    already. bounds: bucket bounds by id.
+    already. bounds: bucket bounds by id. is_new: the target was never read before the window.
     ready_replicas: engines behind a frontend, None when not known. objectives, capacity, hits: what to hold it against.
     """
 
@@ -107,6 +111,7 @@ class EngineWindow:
     histograms: pl.DataFrame
     bounds: Mapping[int, Sequence[float]] = field(default_factory=dict)
     is_clean: bool = False
+    is_new: bool = False
     ready_replicas: int | None = None
     objectives: Sequence[Objective] = ()
     capacity: Capacity | None = None
@@ -201,9 +206,11 @@ def _steps(tables: Tables) -> list[Step]:
     observed = _observations(tables.frames["stg_engine_histograms"])
     steps: list[Step] = []
     times = sorted(scrapes)
+    is_one_after_another = _is_one_after_another([scrapes[at] for at in times])
     for before_at, at in pairwise(times):
         before, now = scrapes[before_at], scrapes[at]
-        started_at, is_known, is_other = _started(before, now, before_at)
+        started_at, is_known, was_running = _started(before, now, before_at)
+        is_other = was_running and not is_one_after_another
         step = Step(
             start_at=before_at,
             end_at=at,
@@ -212,9 +219,10 @@ def _steps(tables: Tables) -> list[Step]:
             growth=_growth(before, now),
             observed=_observed(observed.get(before_at, {}), observed.get(at, {})),
             fallen="process_started_at" if is_other else _fallen(before, now),
-            started_at=started_at,
+            started_at=None if is_other else started_at,
+            was_running=was_running,
         )
-        is_comparable = started_at is None and not is_other
+        is_comparable = started_at is None
         steps.append(step if is_comparable else replace(step, growth={}, observed={}, usage_before=None))
     return steps
 
@@ -268,21 +276,29 @@ def _fallen(before: Ranks, now: Ranks) -> str | None:
 
 
 def _started(before: Ranks, now: Ranks, before_at: datetime) -> tuple[datetime | None, bool, bool]:
-    """When a new process started, None if none did; whether start times are told; whether it is another process.
-
-    Another one: behind the same address, and already running at the scrape before. Nothing can be compared then.
+    """When the process that answers now started, None if it is the one before; whether start times are told; whether
+    it ran already at the scrape before, when the other one answered.
     """
-    old = [at for row in before.values() if isinstance(at := row["process_started_at"], datetime)]
-    new = [at for row in now.values() if isinstance(at := row["process_started_at"], datetime)]
-    if not old or not new:
-        return None, bool(new), False
-    started_at = max(new)
-    # A start time is a float of seconds that some engines compute anew: a second apart is the same process.
-    if abs(started_at - max(old)) <= timedelta(seconds=1):
+    old, started_at = _start_of(before), _start_of(now)
+    if old is None or started_at is None:
+        return None, started_at is not None, False
+    if abs(started_at - old) <= _SAME_START:
         return None, True, False
-    if started_at <= before_at - CLOCK_LAG:
-        return None, True, True
-    return started_at, True, False
+    return started_at, True, started_at <= before_at - CLOCK_LAG
+
+
+def _start_of(ranks: Ranks) -> datetime | None:
+    return max((at for row in ranks.values() if isinstance(at := row["process_started_at"], datetime)), default=None)
+
+
+def _is_one_after_another(scrapes: Sequence[Ranks]) -> bool:
+    """Whether processes took over from each other, each the younger one, and the last one answered twice.
+
+    Replicas that share one address answer in turns: one comes back after the other.
+    """
+    starts = [at for ranks in scrapes if (at := _start_of(ranks)) is not None]
+    is_rising = all(late >= early - _SAME_START for early, late in pairwise(starts))
+    return is_rising and len(starts) > 1 and starts[-1] - starts[-2] <= _SAME_START
 
 
 Observations = dict[tuple[str, str, object], tuple[float, float]]

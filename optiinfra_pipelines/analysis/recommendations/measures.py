@@ -188,7 +188,7 @@ def _gauges(moments: pl.DataFrame) -> pl.DataFrame:
         waiting.filter(queued).mean().alias("waiting_when_queued"),
         running.filter(queued).mean().alias("running_when_queued"),
         queued.sum().alias("queued_samples"),
-        (running.filter(queued) >= AT_CEILING_RATIO * running.max()).mean().alias("at_ceiling_ratio"),
+        (running.filter(queued) >= _ceiling(running.max())).mean().alias("at_ceiling_ratio"),
         waiting.head(half).mean().alias("waiting_first_half"),
         waiting.tail(half).mean().alias("waiting_second_half"),
         pl.col("requests_waiting_deferred").mean().alias("waiting_deferred_mean"),
@@ -201,6 +201,11 @@ def _gauges(moments: pl.DataFrame) -> pl.DataFrame:
         pl.col("max_running_requests").last().alias("slots"),
         pl.col("max_batched_tokens").last().alias("token_budget"),
     )
+
+
+def _ceiling(most: pl.Expr) -> pl.Expr:
+    """From how many running requests on all slots are taken: one stands empty for a step, of many slots one in ten."""
+    return pl.when(most <= 3).then(most).otherwise(pl.min_horizontal(most - 1, AT_CEILING_RATIO * most))
 
 
 def _growth(ordered: pl.DataFrame) -> dict[str, dict[str, float | None]]:
