@@ -76,25 +76,32 @@ class PlannerPolicy(Frozen):
 
 
 class TrendPolicy(Frozen):
-    """Ours: provision for where the load will be once a replica ordered now is ready, and for the queue.
+    """Ours: provision for where the load will be once a replica ordered now is ready, for the queue, and for bursts.
 
-    Up at once to (line through the last trend window, carried over the cold start, + queue / drain time) / (up_ratio *
-    capacity); down only to what keeps the remaining replicas under down_ratio, after that held for the stabilization.
+    Up at once to the larger of (line through the last trend window, carried over the cold start, with headroom for
+    its own recent misses, + queue / drain time) / (up_ratio * capacity) and the reserve over the recent peak; down
+    only to what keeps the remaining replicas under down_ratio, after that held for the stabilization, and never before
+    a whole reserve window has been seen. The defaults are for a load without history; with days of it, tune.
     """
 
     kind: Literal["trend"] = "trend"
     up_ratio: TargetRatio = 0.95
-    down_ratio: TargetRatio = 0.93
-    trend_window_seconds: Positive = 240.0
-    trend_damping_ratio: Annotated[float, Field(ge=0, le=2)] = 0.75  # 1 trusts the line whole
-    error_sigmas: NonNegativeFloat = Field(
-        default=1.0, description="Headroom in standard deviations of the line's own recent misses, relative to load."
+    down_ratio: TargetRatio = 0.95
+    trend_window_seconds: Positive = 180.0
+    trend_damping_ratio: Annotated[float, Field(ge=0, le=2)] = 1.0  # 1 trusts the line whole
+    miss_quantile_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.9,
+        description="Headroom: this quantile of how far, relative to the load, the line fell short lately; 0: none.",
     )
-    error_window_seconds: Positive = 10_800.0
+    miss_window_seconds: Positive = 3600.0
+    reserve_ratio: NonNegativeFloat = Field(
+        default=1.25, description="Replicas for this many times the peak of the reserve window, at full capacity."
+    )
+    reserve_window_seconds: Positive = 300.0
     window_seconds: Positive = 60.0
     queue_drain_seconds: Positive = 60.0
     sync_seconds: Positive = 15.0
-    stabilization_seconds: NonNegativeFloat = 180.0
+    stabilization_seconds: NonNegativeFloat = 60.0
 
 
 class ForesightPolicy(Frozen):

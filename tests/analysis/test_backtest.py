@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from optiinfra_pipelines.analysis.backtest import replay as module
 from optiinfra_pipelines.analysis.backtest.manifests import manifest
-from optiinfra_pipelines.analysis.backtest.policies import line_fit, window_mean
+from optiinfra_pipelines.analysis.backtest.policies import line_fit, trend_level, window_mean
 from optiinfra_pipelines.analysis.backtest.replay import backtest, compare_policies, oracle_replica_hours, replay
 from optiinfra_pipelines.analysis.backtest.tuning import choose_policy, keda_candidates, trend_candidates
 from optiinfra_pipelines.domain.scaling import (
@@ -43,6 +43,7 @@ loads = st.lists(st.floats(0, 120), min_size=1, max_size=60).map(np.array)
 policies = st.sampled_from(POLICIES)
 
 
+@settings(deadline=None)  # the first call imports
 @given(loads, policies, st.integers(0, 5), st.integers(0, 4))
 def test_what_arrives_is_served_or_still_queued(load: np.ndarray, policy: Policy, cold: int, drain: int) -> None:
     """No work is lost or made, whatever the policy does; nothing is served that had not arrived."""
@@ -54,6 +55,7 @@ def test_what_arrives_is_served_or_still_queued(load: np.ndarray, policy: Policy
     assert (timeline["paid_replicas"] >= timeline["ready_replicas"]).all()
 
 
+@settings(deadline=None)  # the first call imports
 @given(loads, policies, st.integers(0, 5))
 def test_no_policy_that_never_waits_is_cheaper_than_the_oracle(load: np.ndarray, policy: Policy, cold: int) -> None:
     """Where nothing ever queued, the replay cost at least what the offline optimum costs."""
@@ -150,6 +152,26 @@ def test_the_trend_is_the_least_squares_line() -> None:
     np.testing.assert_allclose(window_mean(rate, 30, 10)[2:], np.convolve(rate, np.ones(3) / 3, "valid"))
 
 
+def test_nothing_is_given_up_before_a_reserve_window_has_been_seen() -> None:
+    """What the recent peak was is not known at the start; later the fleet falls to the reserve over it, not under."""
+    policy = TrendPolicy(reserve_ratio=1.5, reserve_window_seconds=300, sync_seconds=10)
+    timeline, _ = replay(np.full(120, 50.0), policy, capacity=1.0, cold_start_seconds=60, initial_replicas=20)
+    ready = timeline["ready_replicas"].to_numpy()
+    assert (ready[:30] == 20).all()
+    assert ready[-1] == 8  # 5 a second, 1.5 times over
+
+
+def test_what_the_line_missed_lately_is_headroom_until_the_window_has_passed() -> None:
+    """A jump that the line did not see raises what is provisioned; an hour later it is forgotten."""
+    rate = np.concatenate([np.full(100, 10.0), np.full(500, 20.0)])
+    plain = TrendPolicy(miss_quantile_ratio=0.0)
+    careful = TrendPolicy(miss_quantile_ratio=0.95, miss_window_seconds=3600)
+    extra = trend_level(rate, careful, 200, 10) / trend_level(rate, plain, 200, 10)
+    assert extra[90] == 1.0
+    assert extra[200] == pytest.approx(1.5)  # half of the load was missed
+    assert extra[-1] == 1.0
+
+
 @pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy.kind != "foresight"])
 def test_a_policy_never_knows_the_future(policy: Policy) -> None:
     """Changing the load from step 200 on changes nothing of what was decided before."""
@@ -239,7 +261,12 @@ def test_the_manifest_sets_what_was_replayed() -> None:
     assert "vllm:num_requests_waiting" in trigger["query"]
     assert "* 800 / 60" in trigger["query"]
     assert (keda["spec"]["minReplicaCount"], keda["spec"]["maxReplicaCount"]) == (2, 40)
-    assert "predict_linear" in trend["spec"]["triggers"][0]["metadata"]["query"]
+    query = trend["spec"]["triggers"][0]["metadata"]["query"]
+    assert "predict_linear" in query
+    assert "quantile_over_time(0.9, " in query
+    assert "[30s] offset" not in query  # the line's own samples are moved as a whole
+    assert "[180s:15s] offset 195s, 0)" in query
+    assert "1.1875 * max_over_time(" in query  # a reserve of 1.25 at full capacity, in units of the target of 0.95
     for found in made.values():
         json.dumps(found)
         query = "" if found is None else json.dumps(found)

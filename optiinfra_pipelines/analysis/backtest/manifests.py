@@ -43,8 +43,8 @@ def manifest(
     selector = f'{{job="{deployment}"}}'
     waiting = f"sum(vllm:num_requests_waiting{selector})"
 
-    def tokens(window: float) -> str:
-        span = f"[{math.ceil(window)}s]"
+    def tokens(window: float, ago: float = 0.0) -> str:
+        span = f"[{math.ceil(window)}s]" + (f" offset {math.ceil(ago)}s" if ago else "")
         counters = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
         return "(" + " + ".join(f"sum(rate({counter}{selector}{span}))" for counter in counters) + ")"
 
@@ -121,23 +121,37 @@ def _trend(
 ) -> Manifest:
     """predict_linear is the same least-squares line; damping mixes it with the mean it was fitted through.
 
-    Headroom from past misses has no PromQL form without recording rules and is left out: set up_ratio lower instead.
+    Headroom asks, at every step of its window, what the line said then (its samples offset by the horizon; Prometheus
+    predicts from the time of asking, so nothing is added) and how far the load exceeded it.
     """
-    window, horizon = policy.trend_window_seconds, cold_start_seconds + policy.sync_seconds
+    window, horizon = math.ceil(policy.trend_window_seconds), math.ceil(cold_start_seconds + policy.sync_seconds)
+    sync = math.ceil(policy.sync_seconds)
+
+    def expected(ago: int) -> str:
+        # A subquery keeps the evaluation at every step of the trend window.
+        series = f"({tokens(policy.sync_seconds * 2)})[{window}s:{sync}s]" + (f" offset {ago}s" if ago else "")
+        line = (
+            f"({policy.trend_damping_ratio:.6g} * predict_linear({series}, {horizon - ago}) "
+            f"+ {1 - policy.trend_damping_ratio:.6g} * avg_over_time({series}))"
+        )
+        return _larger(line, tokens(policy.window_seconds, ago))
+
     level = tokens(policy.window_seconds)
-    # A subquery keeps the evaluation at every step of the trend window.
-    series = f"{tokens(policy.sync_seconds * 2)}[{math.ceil(window)}s:{math.ceil(policy.sync_seconds)}s]"
-    line = (
-        f"{policy.trend_damping_ratio:.6g} * predict_linear({series}, {math.ceil(horizon)}) "
-        f"+ {1 - policy.trend_damping_ratio:.6g} * avg_over_time({series})"
-    )
-    queued = f"{waiting} * {tokens_per_request:.6g} * {policy.up_ratio:.6g} / {policy.queue_drain_seconds:.6g}"
-    # `or` keeps one of two series with equal labels; telling them apart lets max see both.
-    either = " or ".join(
-        f'label_replace({value}, "term", "{term}", "", "")' for term, value in (("line", line), ("level", level))
-    )
-    query = f"max({either}) + {queued}"
+    query = expected(0)
+    if policy.miss_quantile_ratio > 0:
+        missed = f"clamp_min(1 - {expected(horizon)} / {level}, 0)"
+        lately = f"({missed})[{math.ceil(policy.miss_window_seconds)}s:{sync}s]"
+        query = f"({query} * (1 + quantile_over_time({policy.miss_quantile_ratio:.6g}, {lately})))"
+    if policy.reserve_ratio > 0:
+        peak = f"max_over_time(({level})[{math.ceil(policy.reserve_window_seconds)}s:{sync}s])"
+        query = _larger(query, f"({policy.reserve_ratio * policy.up_ratio:.6g} * {peak})")
+    query += f" + {waiting} * {tokens_per_request:.6g} * {policy.up_ratio:.6g} / {policy.queue_drain_seconds:.6g}"
     return dict(scaled_object(query, capacity * policy.up_ratio, policy.sync_seconds, policy.stabilization_seconds))
+
+
+def _larger(one: str, other: str) -> str:
+    """Both are vectors of one sample without labels: `or` keeps the right one where the comparison left none."""
+    return f"({one} >= {other} or {other})"
 
 
 def _behavior(hold_seconds: float) -> Manifest:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import polars as pl
 
 from optiinfra_pipelines.analysis.kv_cache.stack import Floats
 from optiinfra_pipelines.domain.scaling import (
@@ -68,19 +69,30 @@ def line_fit(rate: Floats, window_seconds: float, step_seconds: float) -> tuple[
 def trend_level(rate: Floats, policy: TrendPolicy, horizon_seconds: float, step_seconds: float) -> Floats:
     """The load to provision for: the damped line `horizon_seconds` ahead, at least the present level, and headroom.
 
-    Headroom: error_sigmas times the root mean square of how far, relative to the load, earlier values fell short.
+    Headroom: the policy's quantile of how far, relative to the load, earlier values fell short of what came.
     """
     level = window_mean(rate, policy.window_seconds, step_seconds)
     mean, slope = line_fit(rate, policy.trend_window_seconds, step_seconds)
     ahead = round(horizon_seconds / step_seconds)
     to_end = max(2, round(policy.trend_window_seconds / step_seconds)) / 2
     expected: Floats = np.maximum(mean + policy.trend_damping_ratio * slope * (to_end + ahead), level)
-    if policy.error_sigmas > 0 and 0 < ahead < len(rate):
+    if policy.miss_quantile_ratio > 0 and 0 < ahead < len(rate):
         missed = np.zeros(len(rate))
         missed[ahead:] = np.maximum(level[ahead:] - expected[:-ahead], 0.0) / np.maximum(level[ahead:], 1e-12)
-        spread = np.sqrt(window_mean(missed**2, policy.error_window_seconds, step_seconds))
-        expected = expected * (1 + policy.error_sigmas * spread)
+        steps = max(2, round(policy.miss_window_seconds / step_seconds))
+        headroom = pl.Series(missed).rolling_quantile(policy.miss_quantile_ratio, "higher", steps, min_samples=1)
+        expected = expected * (1 + headroom.to_numpy())
     return expected
+
+
+def recent_peak(level: Floats, window_seconds: float, step_seconds: float) -> Floats:
+    """Largest value of the last window, the present step included; shorter at the start."""
+    steps = max(1, round(window_seconds / step_seconds))
+    return pl.Series(level).rolling_max(steps, min_samples=1).to_numpy()
+
+
+# Downwards until a reserve window has been seen: what the recent peak was is not known, so nothing is given up.
+NO_LESS = 1e9
 
 
 def wants(
@@ -122,10 +134,16 @@ def wants(
             load = window_mean(rate, policy.window_seconds, step_seconds) / (capacity * policy.target_ratio)
             return Wants(load, load, policy.interval_seconds, 0.0)
         case TrendPolicy():
-            ahead = trend_level(rate, policy, cold_start_seconds + policy.sync_seconds, step_seconds)
+            horizon = cold_start_seconds + max(policy.sync_seconds, step_seconds)
+            ahead = trend_level(rate, policy, horizon, step_seconds) / capacity
+            level = window_mean(rate, policy.window_seconds, step_seconds) / capacity
+            reserve = policy.reserve_ratio * recent_peak(level, policy.reserve_window_seconds, step_seconds)
+            down = np.maximum(ahead / min(policy.down_ratio, policy.up_ratio), reserve)
+            if policy.reserve_ratio > 0:
+                down[: round(policy.reserve_window_seconds / step_seconds)] = NO_LESS
             return Wants(
-                ahead / (capacity * policy.up_ratio),
-                ahead / (capacity * min(policy.down_ratio, policy.up_ratio)),
+                np.maximum(ahead / policy.up_ratio, reserve),
+                down,
                 policy.sync_seconds,
                 policy.stabilization_seconds,
                 per_queued=1.0 / (policy.queue_drain_seconds * capacity),

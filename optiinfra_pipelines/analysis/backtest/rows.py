@@ -192,7 +192,7 @@ def _split(load: Floats, tune: bool) -> tuple[Floats, Floats]:
 
 
 def _few_trend_candidates() -> list[Policy]:
-    """Every fifth of ours: all 240 over a week cost half a minute, and neighbors differ by a percent."""
+    """Every fifth of ours: all of them over a week cost half a minute, and neighbors differ by a percent."""
     return list(trend_candidates()[::5])
 
 
