@@ -24,8 +24,8 @@ from optiinfra_pipelines.domain.base import Frozen
 from optiinfra_pipelines.domain.rollout_policy import DeploymentRollouts
 from optiinfra_pipelines.domain.rollouts import RolloutState, TargetKind
 from resources.rollouts.clock import Clock, now_here
-from resources.rollouts.store import WATCHDOG, RolloutError, RolloutStore
-from resources.rollouts.targets.base import RolloutTarget, TargetError
+from resources.rollouts.store import WATCHDOG, RolloutStore
+from resources.rollouts.targets.base import RolloutTarget
 from resources.rollouts.targets.build import served_target
 
 # Two looks of the executor fit between two of ours; the lease itself gives 30 s.
@@ -102,12 +102,12 @@ def watch(
     clock: Clock = now_here,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Look until there is nothing to guard. A target or a store that does not answer is asked again."""
+    """Look until there is nothing to guard. Whatever goes wrong is tried again: nobody else is left to do it."""
     store = RolloutStore(Path(capsule.store), capsule.lease_seconds)
     target = capsule.target(environ)
     is_over = False
     while not is_over:
-        with contextlib.suppress(TargetError, RolloutError, OSError):
+        with contextlib.suppress(Exception):
             is_over = look(capsule, store, target, clock)
         sleep(LOOK_SECONDS)
 

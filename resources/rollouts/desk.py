@@ -32,7 +32,7 @@ from resources.rollouts.staging import HttpStaging
 from resources.rollouts.store import RolloutError, RolloutStore
 from resources.rollouts.targets import RolloutTarget, TargetError
 from resources.rollouts.targets.base import Replica, ServedTarget
-from resources.rollouts.targets.build import served_target
+from resources.rollouts.targets.build import InFlight, served_target
 from resources.rollouts.targets.dry_run import DryRunTarget
 from resources.scrape.breaker import Policy
 from resources.scrape.engine_scraper import EngineScraper
@@ -93,10 +93,16 @@ class Rollouts:
         """Target, counts and staging of a rollout. RolloutError when its target is not available here."""
         settings = self.policy.of(row.deployment)
         if row.proposal.target == "dry_run":
-            dry = DryRunTarget(row.deployment, settings.dry_run, self.root / "dry_run")
+            dry = self._dry(row, settings)
             return Parts(dry, SimulatedFeed(dry, settings.dry_run), SimulatedStaging())
+        return self._served(row, settings)
+
+    def _dry(self, row: Rollout, settings: DeploymentRollouts) -> DryRunTarget:
+        return DryRunTarget(row.deployment, settings.dry_run, self.root / "dry_run")
+
+    def _real(self, row: Rollout, settings: DeploymentRollouts, in_flight: InFlight) -> ServedTarget:
         try:
-            return self._served(row, settings)
+            return served_target(row.proposal.target, settings, self.root, self.environ, in_flight)
         except TargetError as error:
             raise RolloutError(f"rollout {row.rollout_id} has no target: {error}") from error
 
@@ -110,9 +116,12 @@ class Rollouts:
             return scraper.frames_of(endpoints.scrape(asked, at))
 
         def in_flight(wanted: Sequence[Replica]) -> int | None:
-            return requests_in_flight(scrape(wanted, self.clock().at), wanted)
+            # A scraper of its own: what one hands out once, such as bounds, the feed must not miss.
+            asked = [Target(name=one.server, url=one.metrics) for one in wanted]
+            frames = EngineScraper(Fleet(), endpoints).frames_of(endpoints.scrape(asked, self.clock().at))
+            return requests_in_flight(frames, wanted)
 
-        target = served_target(row.proposal.target, settings, self.root, self.environ, in_flight)
+        target = self._real(row, settings, in_flight)
         stored = self._stored_targets(target)
         history = None
         if self._read_history is not None and stored:
@@ -138,8 +147,11 @@ class Rollouts:
             return []
 
     def target(self, row: Rollout) -> RolloutTarget:
-        """What a rollout acts on."""
-        return self.parts(row).target
+        """What a rollout acts on, without what only an executor needs."""
+        settings = self.policy.of(row.deployment)
+        if row.proposal.target == "dry_run":
+            return self._dry(row, settings)
+        return self._real(row, settings, lambda _: None)
 
     def executor(self, rollout_id: str, owner: str, run_id: str | None = None) -> Executor:
         """A new executor; nothing is touched before its `begin`."""

@@ -193,6 +193,27 @@ def test_promotion_updates_the_stable_pods_and_then_takes_the_candidate_out(
     ]  # fmt: skip
 
 
+def test_a_promotion_whose_record_was_lost_changes_nothing(server: KubeServer, target: KubernetesTarget) -> None:
+    before = server.get("deployments", "chat")
+    target.claim("r-1", 1)
+    target.start_candidates(3, FLAGS, 1)
+    target.set_share(100.0, 1)
+    server.edit("httproutes", "chat", lambda body: body["metadata"].update(annotations={}))
+
+    with pytest.raises(TargetError, match="HTTPRoute llm/chat has lost the record of rollout r-1"):
+        target.promote("r-1", 1)
+    assert server.get("deployments", "chat") == before
+    assert target.observe().percent == 100
+
+
+def test_a_kubeconfig_that_says_nothing_is_told_with_the_remedy(server: KubeServer, tmp_path: Path) -> None:
+    given = kube_kit.settings(server, tmp_path)
+    for text in ("", "no: [yaml", "{}"):
+        Path(str(given.kubeconfig)).write_text(text)
+        with pytest.raises(TargetError, match=r"no way into a Kubernetes cluster: .*set kubeconfig and context"):
+            kube_kit.target(given).observe()
+
+
 def test_a_stuck_promotion_keeps_traffic_at_the_candidate_and_says_why(
     server: KubeServer, target: KubernetesTarget
 ) -> None:

@@ -190,9 +190,11 @@ class KubeApi:
             configuration = kubernetes.client.Configuration()
             try:
                 self._load(kubernetes.config, configuration)
-            except (kubernetes.config.ConfigException, OSError) as error:
+            except Exception as error:
+                # A file that is missing, is no YAML, or lacks what it should have: the client has a way for each.
+                cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
                 raise TargetError(
-                    f"no way into a Kubernetes cluster: {error}; set kubeconfig and context of deployment "
+                    f"no way into a Kubernetes cluster: {cause}; set kubeconfig and context of deployment "
                     f"{self._settings.deployment}, or KUBECONFIG, or run inside the cluster"
                 ) from error
             # Repetitions are ours: the client's own would hide how long a server was away.

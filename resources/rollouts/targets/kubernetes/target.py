@@ -171,6 +171,11 @@ class KubernetesTarget:
         state = _state(self._on_route(token, lambda rules, _: rules))
         if state.get("promoted") == rollout_id:
             return True
+        if state.get("rollout_id") != rollout_id or "flags" not in state:
+            raise TargetError(
+                f"HTTPRoute {self._where(self._settings.route)} has lost the record of rollout {rollout_id}, its "
+                f"annotation {STATE}; write the candidate's flags into Deployment {self._settings.deployment} by hand"
+            )
         stable = self._with_promoted_flags(rollout_id, state, token)
         if not objects.rollout_of(stable, int(state.get("stable_replicas", 1))):
             return False
