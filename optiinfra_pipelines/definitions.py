@@ -44,6 +44,7 @@ from resources.model_runner import ModelRunner
 from resources.report.reader import read_advice, read_report
 from resources.rollouts.clock import beside
 from resources.rollouts.desk import Rollouts
+from resources.rollouts.gpu_watch import from_live
 from resources.rollouts.history import from_published
 from resources.warehouse import Warehouse
 from sensors.collection import collection_sensors
@@ -96,6 +97,7 @@ def open_rollouts(
         environ=environ,
         clock=beside(clock),
         read_history=from_published(warehouse),
+        read_live=from_live(warehouse),
     )
 
 

@@ -13,11 +13,19 @@ from pathlib import Path
 
 import yaml
 
+from resources.dagster_home.prune import REFRESH_TAG
 from resources.dagster_home.supervisor import Child
 
 # Dagster would look for old ticks after each tick of a sensor, once per status: the hourly prune job does it for all.
 _NEVER = {"purge_after_days": -1}
 _RETENTION = {"sensor": _NEVER, "schedule": _NEVER, "auto_materialize": _NEVER}
+
+# A rollout holds its run for hours, a paused one for days: refreshes must not wait behind it, and an abort that a
+# person launches must not wait behind refreshes.
+_RUNS = {
+    "max_concurrent_runs": 24,
+    "tag_concurrency_limits": [{"key": key, "value": value, "limit": 4} for key, value in REFRESH_TAG.items()],
+}
 
 
 # 8 s on an idle machine; on one with a load of 20 on two cores it took more than a minute.
@@ -40,7 +48,7 @@ def instance_settings(dagster_home: Path) -> dict[str, object]:
         # Without threads one slow sensor delays the others: 8 s instead of 5.
         "sensors": {"use_threads": True, "num_workers": 8},
         "retention": _RETENTION,
-        "concurrency": {"runs": {"max_concurrent_runs": 4}, "pools": {"default_limit": 1, "granularity": "op"}},
+        "concurrency": {"runs": _RUNS, "pools": {"default_limit": 1, "granularity": "op"}},
         "run_monitoring": {"enabled": True, "start_timeout_seconds": 180, "max_runtime_seconds": 6 * 3600},
         "freshness": {"enabled": True},
         "run_storage": _storage("LeanRunStorage", history),

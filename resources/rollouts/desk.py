@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import polars as pl
 
@@ -18,6 +19,7 @@ from optiinfra_pipelines.domain.fleet import Fleet, Target
 from optiinfra_pipelines.domain.rollout_policy import DeploymentRollouts, RolloutPolicy
 from optiinfra_pipelines.domain.rollouts import NEEDS_QUALITY_GATE, PauseReason, Proposal, Rollout, RolloutState
 from optiinfra_pipelines.rollout import gate
+from optiinfra_pipelines.rollout.budget import budget_refusal
 from optiinfra_pipelines.rollout.machine import Input
 from optiinfra_pipelines.rollout.proposal import faults
 from optiinfra_pipelines.rollout.quality import read_prompts
@@ -25,7 +27,8 @@ from resources.rollouts.clock import Clock, Moment, now_here
 from resources.rollouts.deadman import Capsule, spawn
 from resources.rollouts.executor import Executor
 from resources.rollouts.feed import ScrapeFeed, requests_in_flight
-from resources.rollouts.history import Read, StableHistory
+from resources.rollouts.gpu_watch import GpuWatch
+from resources.rollouts.history import Read, StableHistory, read_budgets
 from resources.rollouts.ports import Feed, Staging
 from resources.rollouts.rehearsal import RehearsalClock, SimulatedFeed, SimulatedStaging
 from resources.rollouts.staging import HttpStaging
@@ -62,7 +65,8 @@ class Pace:
 class Rollouts:
     """Rollouts of one fleet. root: folder of their state, made when first written to.
 
-    read_history: SQL on the warehouse, for margins and stakes from the stable replicas' past; None: none is kept.
+    read_history: SQL on the published copy, for error budgets, and for margins and stakes from the stable replicas'
+    past; read_live: SQL on the live file, for faults of the candidates' GPUs. None: nothing is kept.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Rollouts:
         environ: Mapping[str, str],
         clock: Clock = now_here,
         read_history: Read | None = None,
+        read_live: Read | None = None,
     ) -> None:
         self.fleet = fleet
         self.policy = policy
@@ -82,6 +87,7 @@ class Rollouts:
         self.store = RolloutStore(self.root / STORE_FILE, policy.lease_seconds)
         self.environ = environ
         self._read_history = read_history
+        self._read_live = read_live
 
     def all(self) -> list[Rollout]:
         """Every rollout, oldest first; none, without touching the disk, where none was ever proposed."""
@@ -127,7 +133,8 @@ class Rollouts:
         if self._read_history is not None and stored:
             history = StableHistory(self._read_history, stored, self.fleet.cadence.collect_seconds)
         signals = row.proposal.plan.latency_signals
-        feed = ScrapeFeed(target, scrape, signals, self.policy.look_seconds, history)
+        gpus = GpuWatch(self._read_live, self._host_of) if self._read_live is not None else None
+        feed = ScrapeFeed(target, scrape, signals, self.policy.look_seconds, history, gpus)
         model = next((one.model for one in self.fleet.deployments if one.name == row.deployment), row.deployment)
         file = settings.quality_prompts
         prompts = read_prompts(Path(file).read_text(encoding="utf-8")) if file else []
@@ -145,6 +152,20 @@ class Rollouts:
         except TargetError:
             # Making things safe must not wait for a list of replicas.
             return []
+
+    def _host_of(self, replica: Replica) -> str | None:
+        """The host of fleet.yaml that a replica runs on: as its target says, else this one for a loopback address."""
+        named = {one.url: one.host for one in self.fleet.targets if one.host is not None}
+        is_here = urlsplit(replica.url).hostname in ("127.0.0.1", "localhost", "::1")
+        here = next((one.name for one in self.fleet.hosts if one.local), None)
+        return named.get(replica.metrics) or (here if is_here else None)
+
+    def budget_refusal(self, row: Rollout) -> str | None:
+        """Why the error budgets of its deployment do not let a rollout start; None when they do."""
+        deployment = next((one for one in self.fleet.deployments if one.name == row.deployment), None)
+        if deployment is None or not deployment.objectives or self._read_history is None:
+            return None
+        return budget_refusal(row.proposal, read_budgets(self._read_history, row.deployment), self.clock().at)
 
     def target(self, row: Rollout) -> RolloutTarget:
         """What a rollout acts on, without what only an executor needs."""
@@ -166,6 +187,7 @@ class Rollouts:
             policy=self.policy,
             stamp=self.clock,
             run_id=run_id,
+            may_not_start=self.budget_refusal,
         )
 
     def guard(self, executor: Executor) -> None:

@@ -41,7 +41,8 @@ _log = structlog.get_logger(__name__)
 class Executor:
     """One owner of one rollout. owner: unique to this executor; a second one on the same rollout is refused.
 
-    stamp: the real clock, for the lease and the log; `step`'s moment may run faster in a rehearsal.
+    stamp: the real clock, for the lease and the log; `step`'s moment may run faster in a rehearsal. may_not_start: why
+    something outside of rollouts, such as an error budget, refuses a start.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Executor:
         policy: RolloutPolicy,
         stamp: Callable[[], Moment],
         run_id: str | None = None,
+        may_not_start: Callable[[Rollout], str | None] = lambda _: None,
     ) -> None:
         self.store = store
         self.rollout_id = rollout_id
@@ -65,6 +67,7 @@ class Executor:
         self.policy = policy
         self.stamp = stamp
         self.token = -1
+        self._may_not_start = may_not_start
         self._last: Moment | None = None
         self._noted_at = float("-inf")
         self._unseen_since: float | None = None
@@ -296,7 +299,7 @@ class Executor:
         refusal: str | None
         if state is RolloutState.APPROVED:
             others = [other for other in self.store.all() if other.rollout_id != row.rollout_id]
-            refusal = start_refusal(row, now=now.at, policy=self.policy, others=others)
+            refusal = start_refusal(row, now=now.at, policy=self.policy, others=others) or self._may_not_start(row)
         elif state is RolloutState.IN_PROGRESS:
             # An edited proposal is not continued, but it is rolled back: that `step` does.
             refusal = None

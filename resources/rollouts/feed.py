@@ -21,6 +21,7 @@ from optiinfra_pipelines.rollout.margins import StableHistogram, judged_edges
 from optiinfra_pipelines.rollout.planner import Traffic
 from optiinfra_pipelines.rollout.tempering import DEFAULT_STAKE
 from resources.rollouts.clock import Moment
+from resources.rollouts.gpu_watch import GpuWatch
 from resources.rollouts.history import StableHistory, lowest
 from resources.rollouts.ports import Readings
 from resources.rollouts.targets.base import Counted, Replica, ServedTarget
@@ -47,7 +48,8 @@ class _Reference:
 class ScrapeFeed:
     """Both arms of one target: the stable replicas and the candidates that were started.
 
-    signals: judged latencies. history: the stable replicas' stored past; None where none is.
+    signals: judged latencies. history: the stable replicas' stored past, gpus: the candidates' GPUs; None where none
+    is.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class ScrapeFeed:
         signals: tuple[str, ...],
         look_seconds: float,
         history: StableHistory | None = None,
+        gpus: GpuWatch | None = None,
     ) -> None:
         self._target = target
+        self._gpus = gpus
         self._scrape = scrape
         self._signals = signals
         self._look_seconds = look_seconds
@@ -83,6 +87,7 @@ class ScrapeFeed:
         up = set(frames["raw_scrapes"].filter(pl.col("is_up"))["target"])
         candidates, stable = ([server.server for server in arm] for arm in (ours, theirs))
         gateway = self._target.arm_counts()
+        faults = self._gpus.faults(ours, theirs, now) if self._gpus is not None else {}
         pages = self._pages(frames, are_counted_here=gateway is None)
         arms = []
         for names, counted in (
@@ -94,7 +99,7 @@ class ScrapeFeed:
         readings = Readings(
             arms[0],
             arms[1],
-            tuple(self._health(name, name in up, samples.get(name)) for name in candidates),
+            tuple(self._health(name, name in up, samples.get(name), faults.get(name)) for name in candidates),
             _sum(samples, candidates, "preemptions_total"),
             _sum(samples, stable, "preemptions_total"),
             _mean(samples, stable, "requests_waiting"),
@@ -140,7 +145,7 @@ class ScrapeFeed:
         }
         return lowest(found) or Calibration(DEFAULT_STAKE, None, 0, "no latency is judged: the default stake")
 
-    def _health(self, name: str, is_up: bool, sample: Mapping[str, Any] | None) -> ReplicaHealth:
+    def _health(self, name: str, is_up: bool, sample: Mapping[str, Any] | None, gpu_fault: str | None) -> ReplicaHealth:
         self._failed_probes[name] = 0 if is_up else self._failed_probes.get(name, 0) + 1
         found = sample or {}
         return ReplicaHealth(
@@ -150,6 +155,7 @@ class ScrapeFeed:
             started_at=found.get("process_started_at"),
             kv_capacity_tokens=found.get("kv_cache_capacity_tokens"),
             waiting=found.get("requests_waiting"),
+            gpu_fault=gpu_fault,
         )
 
     def _pages(self, frames: Mapping[str, pl.DataFrame], *, are_counted_here: bool) -> list[ProcessPage]:

@@ -1,4 +1,5 @@
-"""What the stable replicas did before a rollout, from the warehouse: latencies by minute, and ticks for an A/A replay.
+"""What was before a rollout, from the warehouse: the stable replicas' latencies by minute, ticks for an A/A replay, and
+what is left of error budgets.
 
 Counts are exact increments of stored cumulative histograms, per process: a restart counts from zero, a gap or a change
 of bounds counts nothing. What is made of them is `rollout.margins` and `rollout.calibration`.
@@ -15,6 +16,7 @@ import numpy.typing as npt
 import polars as pl
 import structlog
 
+from optiinfra_pipelines.rollout.budget import Budget
 from optiinfra_pipelines.rollout.calibration import Calibration, calibrate, drifts, windows
 from optiinfra_pipelines.rollout.margins import JudgedEdge, StableHistogram
 from resources.warehouse import Warehouse, WarehouseError
@@ -43,6 +45,14 @@ where h.metric = ? and list_contains(?, h.target) and h.scraped_at > ? and h.scr
 order by h.target, h.engine_rank, h.scraped_at
 """
 
+_BUDGETS = """
+select objective, state, remaining_ratio, judged_at
+from objective_status
+where deployment = ? and not is_default
+qualify judged_at = max(judged_at) over ()
+order by objective
+"""
+
 
 @dataclass(frozen=True)
 class _Increments:
@@ -65,6 +75,14 @@ def from_published(warehouse: Warehouse) -> Read:
             return None
 
     return read
+
+
+def read_budgets(read: Read, deployment: str) -> list[Budget] | None:
+    """The newest judgement of each declared objective; None when none can be read."""
+    frame = read(_BUDGETS, [deployment])
+    if frame is None or frame.is_empty():
+        return None
+    return [Budget(**row) for row in frame.iter_rows(named=True)]
 
 
 class StableHistory:

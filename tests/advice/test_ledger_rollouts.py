@@ -13,6 +13,7 @@ import pytest
 
 from optiinfra_pipelines.analysis.ledger.life import spokesmen
 from optiinfra_pipelines.definitions import assemble, open_rollouts
+from optiinfra_pipelines.domain.fleet import Objective
 from optiinfra_pipelines.domain.recommendations import LedgerState
 from optiinfra_pipelines.domain.rollout_policy import (
     DeploymentRollouts,
@@ -23,6 +24,7 @@ from optiinfra_pipelines.domain.rollout_policy import (
 from optiinfra_pipelines.domain.rollouts import Rollout, RolloutState, Stage, Step
 from optiinfra_pipelines.rollout.machine import Input
 from optiinfra_pipelines.settings import Paths
+from resources.findings.objectives import ObjectiveStore
 from resources.ledger.store import LedgerStore
 from resources.warehouse import Warehouse
 from tests.advice.ledger_cases import CHANGED_AT, END, FLEET, START, Clock, record
@@ -36,6 +38,7 @@ HAPROXY = HaproxySettings(
     candidates=(HaproxyServer(server="c0", url="http://127.0.0.1:2"),),
 )
 POLICY = RolloutPolicy(deployments=(DeploymentRollouts(deployment="chat", haproxy=HAPROXY),))
+PROMISE = Objective(kind="error_ratio", target_ratio=0.999)
 STEPS = (
     Step(stage=Stage.STAGING, percent=0, dwell_seconds=0, max_seconds=0),
     Step(stage=Stage.BAKE, percent=100, dwell_seconds=0, max_seconds=0),
@@ -56,11 +59,13 @@ class Product:
             rollouts_dir=home / "rollouts",
             fleet_file=home / "fleet.yaml",
         )
-        fleet = FLEET.model_copy(update={"rollouts": POLICY})
+        promised = FLEET.deployments[0].model_copy(update={"objectives": (PROMISE,)})
+        fleet = FLEET.model_copy(update={"rollouts": POLICY, "deployments": (promised,)})
         self.warehouse = Warehouse(self.paths.warehouse_dir, clock=self.clock)
         self.definitions = assemble(fleet, self.paths, self.clock, {})
         self.rollouts = open_rollouts(fleet, self.paths, self.warehouse, self.clock, {})
         self.ledger = LedgerStore(fleet, self.warehouse, self.clock)
+        self.objectives = ObjectiveStore(fleet, self.warehouse, self.clock)
         self.instance = dg.DagsterInstance.ephemeral()
 
     def run(self, job: str, op: str, **config: Any) -> dg.ExecuteInProcessResult:
@@ -94,6 +99,18 @@ class Product:
         assert done.success
         return self.rollouts.all()[-1]
 
+    def approve(self, row: Rollout) -> None:
+        given = {"rollout_id": row.rollout_id, "approver": "bob", "proposal_hash": row.proposal_hash}
+        assert self.run("approve_rollout", "record_approval", **given).success
+
+    def refusal(self, job: str, op: str, **config: Any) -> str:
+        """Why a job failed, as its step says."""
+        refused = self.run(job, op, **config)
+        [failed] = [event for event in refused.all_events if event.is_step_failure]
+        said = failed.step_failure_data.user_failure_data
+        assert said is not None
+        return " ".join(str(said.description).split())
+
     def complete(self, row: Rollout) -> None:
         """What an executor writes at the start and at the end; the target between them is not part of this."""
         for given, more in ((Input.START, {"steps": STEPS}), (Input.ADVANCE, {}), (Input.COMPLETE, {})):
@@ -125,14 +142,7 @@ def test_a_recommendation_is_proposed_approved_applied_and_verified(product: Pro
     product.derive()
     assert product.state() is LedgerState.PROPOSED
 
-    approved = product.run(
-        "approve_rollout",
-        "record_approval",
-        rollout_id=row.rollout_id,
-        approver="bob",
-        proposal_hash=row.proposal_hash,
-    )
-    assert approved.success
+    product.approve(row)
     product.clock.now = CHANGED_AT
     product.complete(product.rollouts.store.get(row.rollout_id))
     product.clock.now = CHANGED_AT + timedelta(minutes=1)
@@ -158,13 +168,7 @@ def test_a_rejected_proposal_opens_the_recommendation_again(product: Product) ->
 def test_a_rehearsal_says_nothing_about_a_recommendation(product: Product) -> None:
     """A dry run that completes has changed nothing: the recommendation stays open."""
     row = product.propose("dry_run")
-    product.run(
-        "approve_rollout",
-        "record_approval",
-        rollout_id=row.rollout_id,
-        approver="bob",
-        proposal_hash=row.proposal_hash,
-    )
+    product.approve(row)
     assert product.run("execute_rollout", "take_rollout", rollout_id=row.rollout_id).success
     assert product.rollouts.store.get(row.rollout_id).position.state is RolloutState.COMPLETED
 
@@ -196,13 +200,32 @@ def test_what_is_not_open_any_more_cannot_be_proposed(product: Product) -> None:
     product.clock.now = END
     product.derive()
 
-    refused = product.run(
+    refusal = product.refusal(
         "propose_rollout", "record_proposal", requester="alice", reason="late", recommendation_id=found.id
     )
 
-    assert not refused.success
-    [failed] = [event for event in refused.all_events if event.is_step_failure]
-    said = failed.step_failure_data.user_failure_data
-    assert said is not None
-    assert f"recommendation {found.id} is verified; choose an open one" in str(said.description)
+    assert f"recommendation {found.id} is verified; choose an open one" in refusal
     assert not product.rollouts.root.exists()
+
+
+def test_a_used_up_error_budget_holds_a_start_back_and_a_kept_one_does_not(product: Product) -> None:
+    """The newest judgement in the published copy decides, however the run is launched; before any, none is known."""
+    row = product.propose("haproxy")
+    product.approve(row)
+    execute = ("execute_rollout", "take_rollout")
+
+    assert "the error budgets cannot be read" in product.refusal(*execute, rollout_id=row.rollout_id)
+    product.objectives.refresh()
+    with product.warehouse.connect() as connection:
+        connection.execute("update objective_status set state = 'exhausted', remaining_ratio = -0.2")
+    product.warehouse.publish()
+    refusal = product.refusal(*execute, rollout_id=row.rollout_id)
+    assert "the error budget is used up: error_ratio@0.999 (-20% left)" in refusal
+    assert product.rollouts.store.get(row.rollout_id).position.state is RolloutState.APPROVED
+    product.clock.now += timedelta(minutes=1)
+    product.objectives.refresh()
+    product.warehouse.publish()
+    # No request failed in the recorded hours: what refuses now is the gateway that is not there.
+    assert "HAProxy's socket /nowhere/haproxy.sock does not answer" in product.refusal(
+        *execute, rollout_id=row.rollout_id
+    )

@@ -53,9 +53,19 @@ def free_ports(count: int) -> list[int]:
 
 
 class Gateway:
-    """A gateway with stable servers that run and candidate servers that nobody has started."""
+    """A gateway with stable servers that run and candidate servers that nobody has started.
 
-    def __init__(self, folder: Path, stable: int, candidates: int, kind: GatewayKind = "haproxy") -> None:
+    replicas: folder of the processes' records; that of the target, where a completed rollout is to end the old ones.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        stable: int,
+        candidates: int,
+        kind: GatewayKind = "haproxy",
+        replicas: Path | None = None,
+    ) -> None:
         self.folder = folder
         self.kind = kind
         self.port, *ports = free_ports(1 + stable + candidates)
@@ -86,7 +96,7 @@ class Gateway:
             )
         )
         # Under the launcher of the target, so that a completed rollout can end them.
-        self.launcher = LocalLauncher(folder / "replicas")
+        self.launcher = LocalLauncher(replicas or folder / "replicas")
         for one in self.settings.stable:
             self.launcher.start(one.server, self.settings.launch or (), one.url, {})
         self.process: subprocess.Popen[bytes] | None = None

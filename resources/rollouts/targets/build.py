@@ -29,7 +29,8 @@ def served_target(
 ) -> ServedTarget:
     """Make it. root: folder of the rollouts' state. TargetError when the deployment has no settings of this kind."""
     if kind == "haproxy" and settings.haproxy is not None:
-        folder = Path(root) / "haproxy"
+        # Of its own: server and backend names are unique within one deployment's settings only.
+        folder = Path(root) / "haproxy" / settings.deployment
         return HaproxyTarget(settings.haproxy, folder, _launcher(settings.haproxy, folder / "replicas"))
     if kind == "kubernetes" and settings.kubernetes is not None:
         return KubernetesTarget(settings.kubernetes, KubeApi(settings.kubernetes), in_flight)
