@@ -42,10 +42,10 @@ from resources.ledger.store import LedgerStore
 from resources.logs import configure_logging
 from resources.model_runner import ModelRunner
 from resources.report.reader import read_advice, read_report
+from resources.rollouts.budgets import from_published
 from resources.rollouts.clock import beside
 from resources.rollouts.desk import Rollouts
 from resources.rollouts.gpu_watch import from_live
-from resources.rollouts.history import from_published
 from resources.warehouse import Warehouse
 from sensors.collection import collection_sensors
 from sensors.rollouts import rollout_sensors

@@ -1,5 +1,7 @@
 """The graph loads, hangs together, refreshes by its own condition, and its sensors report what they stored."""
 
+import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -146,3 +148,11 @@ def test_the_watch_is_quick_enough_for_the_lease(paths: Paths) -> None:
     interval = sensor(definitions, "watch_rollouts").minimum_interval_seconds or 0
 
     assert FLEET.rollouts.lease_seconds + interval + 5 <= 45
+
+
+def test_loading_the_graph_imports_no_numerical_library() -> None:
+    """Every run and the code server load it: scipy, numba and matplotlib are seconds of CPU and 150 MB each time."""
+    code = "import sys, optiinfra_pipelines.definitions; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert {"scipy", "numba", "matplotlib", "kubernetes", "lightgbm"} & set(done.stdout.split()) == set()

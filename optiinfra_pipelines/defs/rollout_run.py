@@ -6,6 +6,7 @@ its stages. What a look does is `resources.rollouts.executor`.
 
 import base64
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import dagster as dg
 
@@ -13,8 +14,10 @@ from optiinfra_pipelines.defs.schema import Metadata
 from optiinfra_pipelines.domain.rollouts import RolloutState, Stage
 from optiinfra_pipelines.rollout.plots import EvidencePoint, evidence_png
 from resources.rollouts.desk import Pace, Rollouts
-from resources.rollouts.executor import Executor
-from resources.rollouts.ports import Progress
+
+if TYPE_CHECKING:
+    from resources.rollouts.executor import Executor
+    from resources.rollouts.ports import Progress
 
 ROLLOUT_TAG = "optiinfra/rollout_id"
 # One observation a minute: charts stay readable, and Dagster's own storage small.
@@ -30,7 +33,7 @@ EXECUTE_OPS: tuple[tuple[str, tuple[Stage, ...], str], ...] = (
 
 @dataclass
 class _Run:
-    executor: Executor
+    executor: "Executor"
     pace: Pace
     began: float
     reported_at: float = float("-inf")
@@ -87,12 +90,12 @@ class Runs:
             raise dg.Failure(f"{rollout_id} is {progress.position}: {progress.message}", allow_retries=False)
 
     @staticmethod
-    def _is_within(progress: Progress, stages: tuple[Stage, ...]) -> bool:
+    def _is_within(progress: "Progress", stages: tuple[Stage, ...]) -> bool:
         """FAILED and COMPLETED are within: what follows them is watched to its end by the op they happened in."""
         position = progress.position
         return position.state in (RolloutState.FAILED, RolloutState.COMPLETED) or position.stage in stages
 
-    def _look(self, context: dg.OpExecutionContext, run: _Run, rollout_id: str) -> Progress:
+    def _look(self, context: dg.OpExecutionContext, run: _Run, rollout_id: str) -> "Progress":
         now = run.pace.clock()
         progress = run.executor.step(now)
         if progress.verdict is not None:
@@ -106,7 +109,7 @@ class Runs:
             )
         return progress
 
-    def _report(self, context: dg.OpExecutionContext, run: _Run, rollout_id: str, progress: Progress) -> None:
+    def _report(self, context: dg.OpExecutionContext, run: _Run, rollout_id: str, progress: "Progress") -> None:
         metadata = self._metadata(run, progress)
         if run.points:
             picture = base64.b64encode(evidence_png(run.points, rollout_id)).decode()
@@ -114,7 +117,7 @@ class Runs:
         context.log_event(dg.AssetMaterialization(self._key, partition=rollout_id, metadata=metadata))
 
     @staticmethod
-    def _metadata(run: _Run, progress: Progress) -> dict[str, Metadata]:
+    def _metadata(run: _Run, progress: "Progress") -> dict[str, Metadata]:
         metadata: dict[str, Metadata] = {"position": str(progress.position), "message": progress.message}
         metadata.update(progress.numbers)
         if progress.decides_at is not None:

@@ -1,6 +1,7 @@
 """Two pictures of one rollout: the evidence against the candidate over time, and both arms' slow requests.
 
-Pure: numbers in, a PNG out. What the numbers are is `rollout.judge`; showing them is `defs.rollout_run`.
+Pure: numbers in, a PNG out; matplotlib is imported when first drawn. What the numbers are is `rollout.judge`; showing
+them is `defs.rollout_run`.
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from matplotlib.figure import Figure
 
 from optiinfra_pipelines.domain.verdicts import Verdict
 
@@ -27,6 +26,8 @@ class EvidencePoint:
 def evidence_png(points: Sequence[EvidencePoint], title: str) -> bytes:
     """PNG of 8 by 6 inches. Above: evidence as odds (log scale) with the line that fails a step; below: both arms'
     share of requests over the first judged edge, or failed. Each step begins anew, so lines may fall back."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 6), layout="constrained")
     evidence, slow = figure.subplots(2, 1, sharex=True)
     for name, drawn in _series(points).items():

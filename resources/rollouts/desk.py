@@ -7,51 +7,30 @@ is `rollout.machine`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
 
-import polars as pl
-
-from optiinfra_pipelines.domain.fleet import Fleet, Target
-from optiinfra_pipelines.domain.rollout_policy import DeploymentRollouts, RolloutPolicy
-from optiinfra_pipelines.domain.rollouts import NEEDS_QUALITY_GATE, PauseReason, Proposal, Rollout, RolloutState
+from optiinfra_pipelines.domain.fleet import Fleet
+from optiinfra_pipelines.domain.rollout_policy import RolloutPolicy
+from optiinfra_pipelines.domain.rollouts import PauseReason, Proposal, Rollout, RolloutState
 from optiinfra_pipelines.rollout import gate
 from optiinfra_pipelines.rollout.budget import budget_refusal
 from optiinfra_pipelines.rollout.machine import Input
 from optiinfra_pipelines.rollout.proposal import faults
-from optiinfra_pipelines.rollout.quality import read_prompts
+from resources.rollouts.budgets import Read, read_budgets
 from resources.rollouts.clock import Clock, Moment, now_here
 from resources.rollouts.deadman import Capsule, spawn
-from resources.rollouts.executor import Executor
-from resources.rollouts.feed import ScrapeFeed, requests_in_flight
-from resources.rollouts.gpu_watch import GpuWatch
-from resources.rollouts.history import Read, StableHistory, read_budgets
-from resources.rollouts.ports import Feed, Staging
-from resources.rollouts.rehearsal import RehearsalClock, SimulatedFeed, SimulatedStaging
-from resources.rollouts.staging import HttpStaging
 from resources.rollouts.store import RolloutError, RolloutStore
 from resources.rollouts.targets import RolloutTarget, TargetError
-from resources.rollouts.targets.base import Replica, ServedTarget
-from resources.rollouts.targets.build import InFlight, served_target
+from resources.rollouts.targets.build import served_target
 from resources.rollouts.targets.dry_run import DryRunTarget
-from resources.scrape.breaker import Policy
-from resources.scrape.engine_scraper import EngineScraper
-from resources.scrape.metrics_endpoint import MetricsEndpoints
+
+if TYPE_CHECKING:
+    from resources.rollouts.executor import Executor
 
 STORE_FILE = "rollouts.sqlite"
-_NEVER = 1_000_000
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What one rollout is executed with."""
-
-    target: RolloutTarget
-    feed: Feed
-    staging: Staging
 
 
 @dataclass(frozen=True)
@@ -86,8 +65,8 @@ class Rollouts:
         self.clock = clock
         self.store = RolloutStore(self.root / STORE_FILE, policy.lease_seconds)
         self.environ = environ
-        self._read_history = read_history
-        self._read_live = read_live
+        self.read_history = read_history
+        self.read_live = read_live
 
     def all(self) -> list[Rollout]:
         """Every rollout, oldest first; none, without touching the disk, where none was ever proposed."""
@@ -95,100 +74,29 @@ class Rollouts:
 
     # --- parts ---------------------------------------------------------------------------------------
 
-    def parts(self, row: Rollout) -> Parts:
-        """Target, counts and staging of a rollout. RolloutError when its target is not available here."""
-        settings = self.policy.of(row.deployment)
-        if row.proposal.target == "dry_run":
-            dry = self._dry(row, settings)
-            return Parts(dry, SimulatedFeed(dry, settings.dry_run), SimulatedStaging())
-        return self._served(row, settings)
-
-    def _dry(self, row: Rollout, settings: DeploymentRollouts) -> DryRunTarget:
-        return DryRunTarget(row.deployment, settings.dry_run, self.root / "dry_run")
-
-    def _real(self, row: Rollout, settings: DeploymentRollouts, in_flight: InFlight) -> ServedTarget:
-        try:
-            return served_target(row.proposal.target, settings, self.root, self.environ, in_flight)
-        except TargetError as error:
-            raise RolloutError(f"rollout {row.rollout_id} has no target: {error}") from error
-
-    def _served(self, row: Rollout, settings: DeploymentRollouts) -> Parts:
-        # No breaker: a rollout asks a handful of servers, and one that comes up must be seen at the next look.
-        endpoints = MetricsEndpoints(policy=Policy(failures_to_open=_NEVER))
-        scraper = EngineScraper(Fleet(), endpoints)
-
-        def scrape(wanted: Sequence[Replica], at: datetime) -> Mapping[str, pl.DataFrame]:
-            asked = [Target(name=one.server, url=one.metrics) for one in wanted]
-            return scraper.frames_of(endpoints.scrape(asked, at))
-
-        def in_flight(wanted: Sequence[Replica]) -> int | None:
-            # A scraper of its own: what one hands out once, such as bounds, the feed must not miss.
-            asked = [Target(name=one.server, url=one.metrics) for one in wanted]
-            frames = EngineScraper(Fleet(), endpoints).frames_of(endpoints.scrape(asked, self.clock().at))
-            return requests_in_flight(frames, wanted)
-
-        target = self._real(row, settings, in_flight)
-        stored = self._stored_targets(target)
-        history = None
-        if self._read_history is not None and stored:
-            history = StableHistory(self._read_history, stored, self.fleet.cadence.collect_seconds)
-        signals = row.proposal.plan.latency_signals
-        gpus = GpuWatch(self._read_live, self._host_of) if self._read_live is not None else None
-        feed = ScrapeFeed(target, scrape, signals, self.policy.look_seconds, history, gpus)
-        model = next((one.model for one in self.fleet.deployments if one.name == row.deployment), row.deployment)
-        file = settings.quality_prompts
-        prompts = read_prompts(Path(file).read_text(encoding="utf-8")) if file else []
-        needs_prompts = row.proposal.change.knob_group in NEEDS_QUALITY_GATE
-        staging = HttpStaging(target, model=model, prompts=prompts if needs_prompts else ())
-        return Parts(target, feed, staging)
-
-    def _stored_targets(self, target: ServedTarget) -> list[str]:
-        """Targets of fleet.yaml whose stored history is that of the stable replicas."""
-        if self._read_history is None:
-            return []
-        named = {one.url: one.name for one in self.fleet.targets}
-        try:
-            return [named[one.metrics] for one in target.stable_arm() if one.metrics in named]
-        except TargetError:
-            # Making things safe must not wait for a list of replicas.
-            return []
-
-    def _host_of(self, replica: Replica) -> str | None:
-        """The host of fleet.yaml that a replica runs on: as its target says, else this one for a loopback address."""
-        named = {one.url: one.host for one in self.fleet.targets if one.host is not None}
-        is_here = urlsplit(replica.url).hostname in ("127.0.0.1", "localhost", "::1")
-        here = next((one.name for one in self.fleet.hosts if one.local), None)
-        return named.get(replica.metrics) or (here if is_here else None)
-
     def budget_refusal(self, row: Rollout) -> str | None:
         """Why the error budgets of its deployment do not let a rollout start; None when they do."""
         deployment = next((one for one in self.fleet.deployments if one.name == row.deployment), None)
-        if deployment is None or not deployment.objectives or self._read_history is None:
+        if deployment is None or not deployment.objectives or self.read_history is None:
             return None
-        return budget_refusal(row.proposal, read_budgets(self._read_history, row.deployment), self.clock().at)
+        return budget_refusal(row.proposal, read_budgets(self.read_history, row.deployment), self.clock().at)
 
     def target(self, row: Rollout) -> RolloutTarget:
-        """What a rollout acts on, without what only an executor needs."""
+        """What a rollout acts on. RolloutError when its target is not available here."""
         settings = self.policy.of(row.deployment)
         if row.proposal.target == "dry_run":
-            return self._dry(row, settings)
-        return self._real(row, settings, lambda _: None)
+            return DryRunTarget(row.deployment, settings.dry_run, self.root / "dry_run")
+        try:
+            return served_target(row.proposal.target, settings, self.root, self.environ)
+        except TargetError as error:
+            raise RolloutError(f"rollout {row.rollout_id} has no target: {error}") from error
 
     def executor(self, rollout_id: str, owner: str, run_id: str | None = None) -> Executor:
-        """A new executor; nothing is touched before its `begin`."""
-        parts = self.parts(self.store.get(rollout_id))
-        return Executor(
-            self.store,
-            rollout_id,
-            owner=owner,
-            target=parts.target,
-            feed=parts.feed,
-            staging=parts.staging,
-            policy=self.policy,
-            stamp=self.clock,
-            run_id=run_id,
-            may_not_start=self.budget_refusal,
-        )
+        """A new executor; nothing is touched before its `begin`. RolloutError when its target is not available here."""
+        # scipy and numba cost seconds of CPU and 150 MB, which ticks and runs that judge nothing must not pay.
+        from resources.rollouts.assembly import make_executor
+
+        return make_executor(self, self.store.get(rollout_id), owner, run_id)
 
     def guard(self, executor: Executor) -> None:
         """Start the process that outlives an executor with a real target. A rehearsal needs none."""
@@ -211,6 +119,8 @@ class Rollouts:
         """Real time, or a rehearsal's."""
         if not target.is_simulated:
             return Pace(self.clock, time.sleep)
+        from resources.rollouts.rehearsal import RehearsalClock
+
         rehearsal = RehearsalClock(self.clock())
         return Pace(rehearsal, rehearsal.sleep)
 

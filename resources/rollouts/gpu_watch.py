@@ -14,8 +14,8 @@ import polars as pl
 import structlog
 
 from optiinfra_pipelines.rollout.gpu_faults import GpuSince, gpu_fault
+from resources.rollouts.budgets import Read
 from resources.rollouts.clock import Moment
-from resources.rollouts.history import Read
 from resources.rollouts.targets.base import Replica
 from resources.warehouse import Warehouse, WarehouseError
 

@@ -1,5 +1,4 @@
-"""What was before a rollout, from the warehouse: the stable replicas' latencies by minute, ticks for an A/A replay, and
-what is left of error budgets.
+"""What the stable replicas did before a rollout, from the warehouse: latencies by minute, and ticks for an A/A replay.
 
 Counts are exact increments of stored cumulative histograms, per process: a restart counts from zero, a gap or a change
 of bounds counts nothing. What is made of them is `rollout.margins` and `rollout.calibration`.
@@ -7,24 +6,17 @@ of bounds counts nothing. What is made of them is `rollout.margins` and `rollout
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
-import structlog
 
-from optiinfra_pipelines.rollout.budget import Budget
 from optiinfra_pipelines.rollout.calibration import Calibration, calibrate, drifts, windows
 from optiinfra_pipelines.rollout.margins import JudgedEdge, StableHistogram
-from resources.warehouse import Warehouse, WarehouseError
+from resources.rollouts.budgets import Read
 
-_log = structlog.get_logger(__name__)
-
-# None: nothing is stored yet, or it cannot be asked now.
-Read = Callable[[str, Sequence[object]], pl.DataFrame | None]
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -45,14 +37,6 @@ where h.metric = ? and list_contains(?, h.target) and h.scraped_at > ? and h.scr
 order by h.target, h.engine_rank, h.scraped_at
 """
 
-_BUDGETS = """
-select objective, state, remaining_ratio, judged_at
-from objective_status
-where deployment = ? and not is_default
-qualify judged_at = max(judged_at) over ()
-order by objective
-"""
-
 
 @dataclass(frozen=True)
 class _Increments:
@@ -62,27 +46,6 @@ class _Increments:
     upper_bounds: tuple[float, ...]
     seconds: Floats
     counts: Floats
-
-
-def from_published(warehouse: Warehouse) -> Read:
-    """Reads the published copy: an executor never waits for the live file, whose writers may outlast its lease."""
-
-    def read(sql: str, params: Sequence[object]) -> pl.DataFrame | None:
-        try:
-            return warehouse.read_published(sql, params)
-        except WarehouseError as error:
-            _log.warning("rollout_history_not_read", cause=str(error), meanwhile="the minutes since the start count")
-            return None
-
-    return read
-
-
-def read_budgets(read: Read, deployment: str) -> list[Budget] | None:
-    """The newest judgement of each declared objective; None when none can be read."""
-    frame = read(_BUDGETS, [deployment])
-    if frame is None or frame.is_empty():
-        return None
-    return [Budget(**row) for row in frame.iter_rows(named=True)]
 
 
 class StableHistory:

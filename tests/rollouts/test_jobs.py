@@ -123,7 +123,7 @@ def test_a_bad_candidate_is_failed_and_taken_back_by_itself(desk: Desk, deployme
     ]
     assert failed.reason.startswith(why)
     assert failed.evidence["verdict"]["kind"] == "FAIL"
-    assert desk.rollouts.parts(row).target.observe().percent == 0
+    assert desk.rollouts.target(row).observe().percent == 0
 
 
 def test_execution_is_refused_without_an_approval_however_it_is_launched(desk: Desk) -> None:
