@@ -52,7 +52,7 @@ class Parts:
 
 def make_executor(rollouts: Rollouts, row: Rollout, owner: str, run_id: str | None) -> Executor:
     """A new executor of a rollout. RolloutError when its target is not available here."""
-    parts = _parts(rollouts, row)
+    parts = make_parts(rollouts, row)
     return Executor(
         rollouts.store,
         row.rollout_id,
@@ -67,7 +67,8 @@ def make_executor(rollouts: Rollouts, row: Rollout, owner: str, run_id: str | No
     )
 
 
-def _parts(rollouts: Rollouts, row: Rollout) -> Parts:
+def make_parts(rollouts: Rollouts, row: Rollout) -> Parts:
+    """Target, counts and staging of a rollout. RolloutError when its target is not available here."""
     settings = rollouts.policy.of(row.deployment)
     if row.proposal.target == "dry_run":
         dry = DryRunTarget(row.deployment, settings.dry_run, rollouts.root / "dry_run")

@@ -15,6 +15,7 @@ from optiinfra_pipelines.domain.fleet import Deployment, Fleet
 from optiinfra_pipelines.domain.rollout_policy import DeploymentRollouts, RolloutPolicy
 from optiinfra_pipelines.domain.rollout_targets import GatewayPage, KubernetesSettings
 from optiinfra_pipelines.domain.rollouts import Change, KnobGroup, Proposal, RolloutPlan, RolloutState
+from resources.rollouts.assembly import make_parts
 from resources.rollouts.clock import Moment, now_here
 from resources.rollouts.desk import Rollouts
 from resources.rollouts.targets import TargetError
@@ -95,7 +96,7 @@ def test_pods_of_both_arms_are_asked_and_the_proxy_tells_what_clients_saw(
         clock = Fast()
         made = rollouts(settings(server, node, tmp_path, proxy), tmp_path, clock)
         approved(made, KnobGroup.BATCHING, {"max_num_seqs": "128"})
-        parts = made.parts(made.store.get("chat-1"))
+        parts = make_parts(made, made.store.get("chat-1"))
         parts.target.claim("chat-1", 1)
         assert parts.staging.not_ready(clock()) == "there is no Deployment llm/chat-candidate"
         parts.target.start_candidates(1, {"max_num_seqs": "128"}, 1)
