@@ -1,9 +1,9 @@
 """A small Kubernetes API server for tests: real HTTP, objects in memory, and the controllers that rollouts wait for.
 
 As the real one, as far as it goes: resourceVersion and 409, generation, server-side apply with field managers and
-conflicts, merge patch, dry-run, preconditions of a delete, label selectors, Status answers, watch. What it has not:
-admission, defaults, schemas, OpenAPI, other namespaces' rights. Pods are made by it and run nothing, unless `run_pod`
-is given. A test makes it refuse, hang or break by `faults`.
+conflicts, merge patch, preconditions of a delete, label selectors, Status answers. What it has not: watch, dry-run,
+admission, defaults, schemas, OpenAPI, rights. Pods are made by it and run nothing, unless `run_pod` is given. A test
+makes it refuse, hang or break by `faults`.
 """
 
 from __future__ import annotations
@@ -74,9 +74,7 @@ class KubeServer:
 
     def __post_init__(self) -> None:
         self.lock = threading.RLock()
-        self.changed = threading.Condition(self.lock)
         self.version = 100
-        self.history: list[tuple[int, str, str, Json]] = []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -158,9 +156,6 @@ class KubeServer:
             match = _PATH.match(url.path)
             if match is None:
                 raise StatusError(404, "NotFound", "the server could not find the requested resource")
-            if query.get("watch") == "true":
-                self._watch(handler, match["plural"], match["ns"], int(query.get("resourceVersion") or 0))
-                return
             if method != "GET" and self.before_write is not None:
                 self.before_write(method, url.path)
             body = json.loads(raw) if raw else {}
@@ -193,22 +188,6 @@ class KubeServer:
                 return fault
         return None
 
-    def _watch(self, handler: BaseHTTPRequestHandler, plural: str, namespace: str, since: int) -> None:
-        handler.send_response(200)
-        handler.send_header("Content-Type", "application/json")
-        handler.end_headers()
-        until = time.monotonic() + 5
-        while time.monotonic() < until:
-            with self.changed:
-                news = [one for one in self.history if one[0] > since and one[2] == plural]
-                if not news:
-                    self.changed.wait(0.2)
-                    continue
-            for version, what, _, body in news:
-                since = version
-                handler.wfile.write(json.dumps({"type": what, "object": body}).encode() + b"\n")
-            handler.wfile.flush()
-
     # --- objects -------------------------------------------------------------------------------------------
 
     def _act(
@@ -222,7 +201,7 @@ class KubeServer:
             key = (plural, ns, body["metadata"]["name"])
             if key in self.objects:
                 raise StatusError(409, "AlreadyExists", f'{plural} "{key[2]}" already exists')
-            return 201, self._store(plural, ns, key[2], body, is_dry=query.get("dryRun") == "All")
+            return 201, self._store(plural, ns, key[2], body)
         assert name is not None
         found = self.objects.get((plural, ns, name))
         if method == "PATCH" and kind == "application/apply-patch+yaml":
@@ -242,7 +221,7 @@ class KubeServer:
             merged = _merged(copy.deepcopy(found), body)
             for path in _leaves(body):
                 self.managed.setdefault((plural, ns, name), {})[path] = {query.get("fieldManager", "unknown")}
-            return 200, self._store(plural, ns, name, merged, is_dry=query.get("dryRun") == "All")
+            return 200, self._store(plural, ns, name, merged)
         raise StatusError(415, "UnsupportedMediaType", f"{method} with {kind}")
 
     def _check_version(self, found: Json, body: Json) -> None:
@@ -281,40 +260,30 @@ class KubeServer:
         merged = _merged(merged, body, keyed=True)
         for path in applied:
             managed[path] = {manager} if path in theirs else managed.get(path, set()) | {manager}
-        is_dry = query.get("dryRun") == "All"
-        if not is_dry:
-            self.managed[plural, ns, name] = managed
-        return self._store(plural, ns, name, merged, is_dry=is_dry)
+        self.managed[plural, ns, name] = managed
+        return self._store(plural, ns, name, merged)
 
-    def _store(self, plural: str, ns: str, name: str, body: Json, *, is_dry: bool = False) -> Json:
+    def _store(self, plural: str, ns: str, name: str, body: Json) -> Json:
         body = copy.deepcopy(body)
         old = self.objects.get((plural, ns, name))
         metadata = body["metadata"]
         metadata.setdefault("namespace", ns)
         metadata.setdefault("uid", f"uid-{self.version}")
-        if is_dry:
-            return body
         self.version += 1
         metadata["resourceVersion"] = str(self.version)
         same_spec = old is not None and old.get("spec") == body.get("spec")
         metadata["generation"] = (old["metadata"]["generation"] + (not same_spec)) if old is not None else 1
         self.objects[plural, ns, name] = body
-        self._tell("MODIFIED" if old is not None else "ADDED", plural, body)
         self._control(plural, body)
         return copy.deepcopy(self.objects.get((plural, ns, name), body))
 
     def _remove(self, plural: str, ns: str, name: str) -> None:
-        body = self.objects.pop((plural, ns, name))
+        self.objects.pop((plural, ns, name))
         self.managed.pop((plural, ns, name), None)
         self.version += 1
-        self._tell("DELETED", plural, body)
         if plural == "deployments":
             for pod in self._pods_of(name):
                 self._end(pod)
-
-    def _tell(self, what: str, plural: str, body: Json) -> None:
-        self.history.append((self.version, what, plural, copy.deepcopy(body)))
-        self.changed.notify_all()
 
     # --- controllers -----------------------------------------------------------------------------------------
 

@@ -135,10 +135,11 @@ class KubernetesTarget:
             raise TargetError(f"{count} candidates, but there is room for {self.candidate_slots()} (max_candidates)")
         selectors = (stable["spec"]["selector"].get("matchLabels") or {}, backend_selector(self._api, self._settings))
         labels = objects.candidate_labels(stable, *selectors)
+        # Pods first, at the end last: as long as anything is there, so are they, and the way back finds it.
+        made = self._have_candidate(count, flags, token, str(state["rollout_id"]), stable, labels)
         if self._settings.backend_kind == "Service":
             twin = self._api.get(SERVICES, self._settings.backend, "it is the route's stable backend")
             self._api.apply(SERVICES, objects.candidate_service(twin, self._settings, labels))
-        made = self._have_candidate(count, flags, token, str(state["rollout_id"]), stable, labels)
         if _state(self._route()).get("token", 0) > token:
             # Replaced between the two writes: what was made last belongs to nobody.
             self._api.delete(DEPLOYMENTS, made)
@@ -276,14 +277,14 @@ class KubernetesTarget:
 
     def _remove_candidate(self, token: int) -> None:
         self._on_deployment(self._settings.candidate, token, lambda _: {})
-        found = self._candidate()
-        if found is not None:
-            self._events.tell(found, "CandidateStopped", f"by the holder of token {token}")
-            self._api.delete(DEPLOYMENTS, found)
         if self._settings.backend_kind == "Service":
             twin = self._api.find(SERVICES, self._settings.candidate_backend_name)
             if twin is not None and (twin["metadata"].get("labels") or {}).get(objects.ARM) == "candidate":
                 self._api.delete(SERVICES, twin)
+        found = self._candidate()
+        if found is not None:
+            self._events.tell(found, "CandidateStopped", f"by the holder of token {token}")
+            self._api.delete(DEPLOYMENTS, found)
         self._pods.forget()
 
     def _with_promoted_flags(self, rollout_id: str, state: Json, token: int) -> Json:
