@@ -78,6 +78,23 @@ def rollout_warnings(fleet: Fleet, environ: Mapping[str, str]) -> list[str]:
     urls = {target.url for target in fleet.targets}
     for one in policy.deployments:
         found += _haproxy_warnings(one, urls, policy.blast_radius.max_candidate_replicas)
+        found += _remote_warnings(one, environ)
+    return found
+
+
+def _remote_warnings(one: DeploymentRollouts, environ: Mapping[str, str]) -> list[str]:
+    """Of targets that another control plane runs."""
+    found = []
+    if one.kubernetes is not None and one.kubernetes.gateway is None:
+        found.append(
+            f"{one.deployment}: kubernetes.gateway is not set, so errors that clients saw are not judged; name the "
+            "metrics page of the gateway's proxy"
+        )
+    if one.orchestrator is not None and not environ.get(one.orchestrator.token_variable):
+        found.append(
+            f"{one.deployment}: {one.orchestrator.token_variable} is not set, and the orchestrator at "
+            f"{one.orchestrator.url} takes no request without its token"
+        )
     return found
 
 

@@ -369,3 +369,16 @@ def test_what_is_valid_and_will_not_work_as_meant_is_a_warning() -> None:
     ]
     assert len(rollout_warnings(fleet, {"OPTIINFRA_APPROVER_SECRET_BOB": "x"})) == 2
     assert rollout_warnings(parse_fleet(CHAT, {}), {}) == []
+
+
+def test_what_a_remote_target_lacks_is_told_before_the_first_rollout() -> None:
+    """No gateway that counts, and no token: each valid, and each would surprise in the middle of a rollout."""
+    kubernetes = "{namespace: llm, deployment: chat, route: chat, backend: chat}"
+    orchestrator = '{url: "https://orchestrator.example"}'
+    section = f"rollouts:\n  deployments:\n    - deployment: chat\n      kubernetes: {kubernetes}\n"
+    fleet = parse_fleet(f"{CHAT}{section}      orchestrator: {orchestrator}\n", {})
+
+    [gateway, token] = rollout_warnings(fleet, {})
+    assert "errors that clients saw are not judged" in gateway
+    assert "OPTIINFRA_ORCHESTRATOR_TOKEN is not set" in token
+    assert rollout_warnings(fleet, {"OPTIINFRA_ORCHESTRATOR_TOKEN": "t"}) == [gateway]
