@@ -26,6 +26,7 @@ _FINDINGS_FROM = (
     "int_host_minutes",
     "int_host_process_minutes",
     "fct_replica_load_5m",
+    "kv_reuse_curve",
 )
 _OBJECTIVES_FROM = (
     "int_latency_minutes",

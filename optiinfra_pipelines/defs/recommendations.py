@@ -28,6 +28,7 @@ _ADVICE_FROM = (
     "fct_replica_load_5m",
     "fct_latency_5m",
     "findings",
+    "kv_cache_recommendations",
 )
 _WASTE_FROM = (
     "fct_gpu_utilization_5m",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from optiinfra_pipelines.domain.fleet import ModelShape
+from optiinfra_pipelines.domain.fleet import Deployment, ModelShape
 
 
 def _gqa(layers: int, kv_heads: int, head_dim: int, parameters: float, max_tokens: int) -> ModelShape:
@@ -48,6 +48,11 @@ KNOWN_MODELS: Mapping[str, ModelShape] = MappingProxyType(
         "deepseek-r1": _DEEPSEEK_V3,
     }
 )
+
+
+def shape_of(deployment: Deployment | None) -> ModelShape | None:
+    """As fleet.yaml states it, else as published under the model's name; None when neither tells."""
+    return (deployment.shape or known_model(deployment.model)) if deployment else None
 
 
 def known_model(name: str) -> ModelShape | None:

@@ -14,6 +14,7 @@ import polars as pl
 
 from optiinfra_pipelines.analysis.backtest.rows import BacktestQuestion, backtest_rows
 from optiinfra_pipelines.analysis.forecast.rows import BOOSTED_ROWS, forecast_rows
+from optiinfra_pipelines.analysis.kv_arithmetic import bytes_per_token
 from optiinfra_pipelines.analysis.kv_cache.curve import Reuse
 from optiinfra_pipelines.analysis.kv_cache.rows import (
     NO_ACCESSES,
@@ -26,6 +27,7 @@ from optiinfra_pipelines.analysis.kv_cache.rows import (
 from optiinfra_pipelines.analysis.scaling.cold_start import ColdStart, cold_start, replica_starts
 from optiinfra_pipelines.analysis.scaling.rows import capacity_rows, present_capacity, scaling_rows
 from optiinfra_pipelines.domain.fleet import Deployment, Fleet
+from optiinfra_pipelines.domain.models import shape_of
 from resources.advice.load_history import LoadHistory
 from resources.advice.store import AdviceStore, advice_tables, shaped
 from resources.warehouse import Warehouse
@@ -35,6 +37,15 @@ HISTORY = timedelta(days=14)
 # Starts are rare: a P95 needs months of them.
 STARTS_HISTORY = timedelta(days=180)
 CLIENT_HISTORY = timedelta(days=60)
+
+
+def token_bytes(deployment: Deployment) -> float | None:
+    """KV bytes of a token over all ranks of a replica, at the model's own type; None for a model of unknown shape."""
+    shape, ranks = shape_of(deployment), max(1, deployment.gpus_per_replica)
+    try:
+        return None if shape is None else float(bytes_per_token(shape, tensor_parallel=ranks)) * ranks
+    except ValueError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -133,17 +144,18 @@ class Advisor:
                 row = exported.row(0, named=True)
                 made = histogram_rows(name, row["upper_bounds"], row["counts"], now)
             else:
-                made = curve_rows(name, reuse, now, bytes_per_token)
+                made = curve_rows(name, reuse, now, bytes_per_token or token_bytes(self.deployments[name]))
             frames.append(shaped("kv_reuse_curve", made))
         return self._kept("kv_reuse_curve", pl.concat(frames) if frames else pl.DataFrame())
 
     def advise_cache(self, question: CacheQuestion) -> pl.DataFrame:
         """kv_cache_recommendations: one row per deployment and tier."""
         now = self.clock()
-        frames = [
-            shaped("kv_cache_recommendations", cache_rows(name, reuse, question, now))
-            for name, reuse in self._reuses().items()
-        ]
+        frames = []
+        for name, reuse in self._reuses().items():
+            known = question.bytes_per_token or token_bytes(self.deployments[name])
+            rows = cache_rows(name, reuse, replace(question, bytes_per_token=known), now)
+            frames.append(shaped("kv_cache_recommendations", rows))
         return self._kept("kv_cache_recommendations", pl.concat(frames) if frames else pl.DataFrame())
 
     def _reuses(self) -> Mapping[str, Reuse | str]:

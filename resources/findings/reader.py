@@ -59,6 +59,14 @@ group by target
 """
 
 
+_CURVES = """
+select deployment, capacity_tokens, token_hit_ratio
+from kv_reuse_curve
+where measured_at > ? and measured_at <= ? and capacity_tokens is not null and token_hit_ratio is not null
+qualify measured_at = max(measured_at) over (partition by deployment)
+"""
+
+
 @dataclass(frozen=True)
 class Windows:
     """Everything there is to judge at one moment."""
@@ -118,6 +126,7 @@ def _engine_windows(
             [start - timedelta(minutes=1)],
         ).fetchall()
     }
+    attainable = _attainable(connection, fleet, samples, now)
     ready = _ready_engines(fleet, scrapes, now - timedelta(seconds=values["stale_after_seconds"]))
     objectives = {deployment.name: deployment.objectives for deployment in fleet.deployments}
     parts = [_by(frame, "target") for frame in (scrapes, samples, histograms)]
@@ -136,10 +145,32 @@ def _engine_windows(
             ready_replicas=ready.get(target.deployment or "") or None,
             objectives=objectives.get(target.deployment or "", ()),
             capacity=capacity.get(target.deployment or ""),
-            hits=HitHistory(period_ratios=tuple(hits.get(target.name, ()))),
+            hits=HitHistory(tuple(hits.get(target.name, ())), attainable.get(target.name)),
         )
         for target in fleet.targets
     )
+
+
+def _attainable(
+    connection: duckdb.DuckDBPyConnection, fleet: Fleet, samples: pl.DataFrame, now: datetime
+) -> dict[str, float]:
+    """Hit ratio that each target's own cache size allows its workload, by the newest reuse curve of its deployment.
+
+    Read off the curve at the next smaller size, as if one replica served all: routing by prefix reaches more.
+    """
+    try:
+        curves = connection.execute(_CURVES, [now - timedelta(days=7), now]).fetchall()
+    except duckdb.CatalogException:
+        return {}
+    sizes = samples.group_by("target", "scraped_at").agg(pl.col("kv_cache_capacity_tokens").sum())
+    held = dict(sizes.group_by("target").agg(pl.col("kv_cache_capacity_tokens").max()).iter_rows())
+    found: dict[str, float] = {}
+    for target in fleet.targets:
+        known = [(tokens, hits) for name, tokens, hits in curves if name == target.deployment]
+        under = [hits for tokens, hits in known if tokens <= (held.get(target.name) or 0)]
+        if under:
+            found[target.name] = max(under)
+    return found
 
 
 def _near(

@@ -22,8 +22,8 @@ from optiinfra_pipelines.analysis.recommendations.derive import Advice, Group, r
 from optiinfra_pipelines.analysis.recommendations.measures import Measures, measure_targets
 from optiinfra_pipelines.analysis.recommendations.rules import DAILY
 from optiinfra_pipelines.domain.findings import Subject
-from optiinfra_pipelines.domain.fleet import Deployment, Fleet, ModelShape, Target
-from optiinfra_pipelines.domain.models import known_model
+from optiinfra_pipelines.domain.fleet import Fleet, Target
+from optiinfra_pipelines.domain.models import shape_of
 from optiinfra_pipelines.domain.prices import price_of
 from optiinfra_pipelines.domain.recommendations import (
     ChangeKind,
@@ -43,6 +43,7 @@ from resources.ledger.windows import (
     read_effect_rows,
     read_findings,
     read_gpus,
+    read_reuse,
     read_settings,
     read_versions,
     read_window,
@@ -156,6 +157,7 @@ class Deriver:
         versions = read_versions(connection)
         gpus = read_gpus(connection, start, end)
         past = past_effects(book.entries.values(), book.realized)
+        reuse = read_reuse(connection, end)
         members: dict[Subject, list[Target]] = {}
         for target in self.fleet.targets:
             kind, name = ("deployment", target.deployment) if target.deployment else ("target", target.name)
@@ -173,12 +175,14 @@ class Deriver:
                 engine_version=next((versions[t.name] for t in targets if t.name in versions), None),
                 deployment=deployment,
                 replicas=max(1, sum(one.vantage == "engine" for one in seen)),
-                shape=_shape(deployment),
+                shape=shape_of(deployment),
                 gpu=facts,
                 price=price_of(
                     (deployment.gpu if deployment else None) or facts.name,
                     deployment.price_usd_per_gpu_hour if deployment else None,
                 ),
+                reuse_ceiling_ratio=reuse[subject.name].ceiling_ratio if subject.name in reuse else None,
+                cache_tiers=reuse[subject.name].tiers if subject.name in reuse else None,
                 past=past,
             )
             names = tuple(target.name for target in targets)
@@ -292,11 +296,6 @@ class Deriver:
 
 
 _NOT_APPLIED = frozenset({LedgerState.OPEN, LedgerState.PROPOSED, LedgerState.EXPIRED, LedgerState.SUPERSEDED})
-
-
-def _shape(deployment: Deployment | None) -> ModelShape | None:
-    """As fleet.yaml states it, else as published under the model's name."""
-    return (deployment.shape or known_model(deployment.model)) if deployment else None
 
 
 def _worst(facts: Sequence[GpuFacts]) -> GpuFacts:

@@ -18,6 +18,15 @@ from optiinfra_pipelines.analysis.ledger.life import ConfigChange
 from optiinfra_pipelines.analysis.recommendations.context import GpuFacts
 from optiinfra_pipelines.analysis.recommendations.measures import HISTOGRAMS, SAMPLE_COLUMNS, Measures
 from optiinfra_pipelines.domain.findings import Finding
+from optiinfra_pipelines.domain.kv_cache import TierAdvice
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """How far a workload shares prefixes, and the tiers that pay for keeping them; None: not known."""
+
+    ceiling_ratio: float | None
+    tiers: tuple[TierAdvice, ...] | None
 
 
 @dataclass(frozen=True)
@@ -136,6 +145,21 @@ def read_gpus(connection: duckdb.DuckDBPyConnection, start: datetime, end: datet
     return {host: GpuFacts(*facts) for host, *facts in rows}
 
 
+def read_reuse(connection: duckdb.DuckDBPyConnection, until: datetime) -> dict[str, Reuse]:
+    """Deployment -> what its newest cache advice of the week before `until` says; none where none is kept."""
+    try:
+        rows = connection.execute(_REUSE, [until - timedelta(days=7), until]).fetchall()
+    except duckdb.CatalogException:
+        return {}
+    return {
+        deployment: Reuse(
+            ceiling_ratio=ceiling,
+            tiers=None if undecided else tuple(TierAdvice.model_validate(tier) for tier in tiers or ()),
+        )
+        for deployment, ceiling, undecided, tiers in rows
+    }
+
+
 def read_effect_rows(
     connection: duckdb.DuckDBPyConnection,
     signal: str,
@@ -195,6 +219,24 @@ _EFFECT_SCHEMA: dict[str, type[pl.DataType] | pl.DataType] = {
     "prompt_tokens_per_request": pl.Float64,
     "generation_tokens_per_request": pl.Float64,
 }
+# A tier that nobody can weigh for lack of a price leaves the question open.
+_REUSE = """
+    with newest as (
+        select * from kv_cache_recommendations
+        where decided_at > ? and decided_at <= ?
+        qualify decided_at = max(decided_at) over (partition by deployment)
+    )
+    select
+        deployment, max(coalesce(token_ceiling_ratio, block_ceiling_ratio)), bool_or(tier is null or pays is null),
+        list({
+            tier: tier, size_bytes: size_bytes, hit_ratio_before: hit_ratio_before, hit_ratio_after: hit_ratio_after,
+            saved_prefill_seconds_per_hour: saved_prefill_seconds_per_hour,
+            saved_gpu_usd_per_hour: saved_gpu_usd_per_hour, memory_usd_per_hour: memory_usd_per_hour, pays: pays,
+            reason: reason
+        }) filter (pays)
+    from newest
+    group by deployment
+"""
 _METRICS = ", ".join(f"'{name}'" for name in HISTOGRAMS)
 # First and last state of each histogram in a window.
 _HISTOGRAMS = f"""

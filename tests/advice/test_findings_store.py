@@ -13,9 +13,12 @@ import pytest
 from optiinfra_pipelines.defs.findings import finding_assets
 from optiinfra_pipelines.domain.findings import FindingKind
 from optiinfra_pipelines.domain.fleet import Deployment, Fleet, Host, Objective, Target
+from optiinfra_pipelines.domain.thresholds import threshold_values
 from optiinfra_pipelines.sql.loader import load_models
+from resources.advice.store import AdviceStore
 from resources.demo.fleet import RECORDINGS
 from resources.findings.objectives import ObjectiveStore
+from resources.findings.reader import read_windows
 from resources.findings.store import FindingsStore
 from resources.model_runner import ModelRunner
 from resources.warehouse import Warehouse
@@ -163,3 +166,29 @@ def test_the_assets_store_what_they_judged(warehouse: Warehouse, clock: Clock, f
     [shown] = result.asset_materializations_for_node("findings")
     assert "MEMORY_PRESSURE (preemptions)" in str(shown.metadata["findings"].value)
     assert warehouse.read("select count(*) as n from findings where until is null")["n"][0] == 3
+
+
+def test_a_replicas_hits_are_held_against_what_its_own_cache_size_allows(
+    warehouse: Warehouse, clock: Clock, fleet: Fleet
+) -> None:
+    """8,192 tokens of KV: the curve at that size counts, not its ceiling; without a curve nothing is attainable."""
+    curve = pl.DataFrame(
+        {
+            "measured_at": [clock.now - timedelta(hours=1)] * 3,
+            "deployment": ["chat"] * 3,
+            "capacity_blocks": [8, 16, 4000],
+            "capacity_tokens": [4096, 8192, 2_048_000],
+            "token_hit_ratio": [0.3, 0.6, 0.9],
+        }
+    )
+
+    def attainable() -> list[float | None]:
+        with warehouse.connect() as connection:
+            engines = read_windows(connection, fleet, clock.now, threshold_values({})).engines
+        return [engine.hits.attainable_ratio for engine in engines]
+
+    assert attainable() == [None, None]
+    AdviceStore(warehouse).keep("kv_reuse_curve", curve)
+    assert attainable() == [0.6, None]
+    clock.now += timedelta(days=8)
+    assert attainable() == [None, None]

@@ -11,11 +11,16 @@ import polars as pl
 import pytest
 
 from optiinfra_pipelines.defs.recommendations import recommendation_assets
+from optiinfra_pipelines.domain.fleet import Deployment, ModelShape
+from optiinfra_pipelines.domain.models import known_model, shape_of
 from optiinfra_pipelines.domain.recommendations import LedgerEvent, LedgerEventKind, LedgerState
 from optiinfra_pipelines.sql.loader import load_models
 from optiinfra_pipelines.sql.sources import raw_tables
+from resources.advice.advisor import token_bytes
+from resources.advice.store import AdviceStore
 from resources.findings.waste import WasteStore
 from resources.ledger.store import LedgerStore
+from resources.ledger.windows import Reuse, read_reuse
 from resources.model_runner import ModelRunner
 from resources.warehouse import Warehouse
 from tests.advice.ledger_cases import END, FLEET, READ, START, Clock, record
@@ -226,3 +231,44 @@ def test_the_assets_show_what_to_change_and_what_was_declined(recorded: Path, tm
     costs = warehouse.read("select deployment, gpu_hours, usd from fct_deployment_costs").to_dicts()
     assert [cost["deployment"] for cost in costs] == ["chat"]
     assert costs[0]["usd"] == pytest.approx(3.0 * costs[0]["gpu_hours"])
+
+
+def test_what_the_reuse_curve_pays_for_reaches_the_rules(tmp_path: Path) -> None:
+    """The ceiling and the tiers that pay; a tier without a price leaves the question open; a week later it is stale."""
+    warehouse = Warehouse(tmp_path / "one", clock=Clock(END))
+    base = {"decided_at": END, "token_ceiling_ratio": 0.62, "size_bytes": 2**30, "reason": "r"}
+    base |= {"hit_ratio_before": 0.2, "hit_ratio_after": 0.5}
+    rows = [
+        base | {"deployment": "chat", "tier": "cpu", "pays": True},
+        base | {"deployment": "chat", "tier": "disk", "pays": False},
+        base | {"deployment": "code", "tier": "cpu", "pays": None},
+        {"deployment": "none", "decided_at": END, "reason": "no log of accesses"},
+    ]
+    with warehouse.connect() as connection:
+        assert read_reuse(connection, END) == {}
+    AdviceStore(warehouse).keep("kv_cache_recommendations", pl.DataFrame(rows, infer_schema_length=None))
+
+    with warehouse.connect() as connection:
+        found = read_reuse(connection, END)
+        assert read_reuse(connection, END + timedelta(days=8)) == {}
+        assert read_reuse(connection, END - timedelta(seconds=1)) == {}
+
+    chat = found["chat"]
+    assert chat.ceiling_ratio == 0.62
+    assert chat.tiers is not None
+    assert [(tier.tier, tier.size_bytes) for tier in chat.tiers] == [("cpu", 2**30)]
+    assert found["code"] == Reuse(0.62, None)
+    assert found["none"] == Reuse(None, None)
+
+
+def test_a_shape_in_fleet_yaml_comes_before_a_published_one() -> None:
+    """A fine-tune under a known name may have another shape; without either there is none."""
+    own = ModelShape(layers=8, kv_heads=2, head_dim=64)
+    known = "meta-llama/Llama-3.1-8B-Instruct"
+
+    assert shape_of(Deployment(name="a", model=known, shape=own)) == own
+    assert shape_of(Deployment(name="a", model=known)) == known_model(known)
+    assert shape_of(Deployment(name="a", model="my-model")) is None
+    assert shape_of(None) is None
+    assert token_bytes(Deployment(name="a", model="my-model", shape=own)) == 4096.0
+    assert token_bytes(Deployment(name="a", model="my-model")) is None

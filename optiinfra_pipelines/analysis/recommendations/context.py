@@ -14,7 +14,7 @@ from optiinfra_pipelines.analysis.recommendations.flags import Flag, Knob
 from optiinfra_pipelines.analysis.recommendations.measures import Measures
 from optiinfra_pipelines.domain.base import Engine
 from optiinfra_pipelines.domain.fleet import Deployment, ModelShape, Objective
-from optiinfra_pipelines.domain.kv_cache import CacheAdvice
+from optiinfra_pipelines.domain.kv_cache import TierAdvice
 from optiinfra_pipelines.domain.prices import GpuPrice
 from optiinfra_pipelines.domain.recommendations import Effect
 
@@ -51,7 +51,10 @@ class GpuFacts:
 
 @dataclass(frozen=True)
 class Context:
-    """One deployment (or a target without one). declared: knob values that a page does not tell and a person did."""
+    """One deployment (or a target without one). declared: knob values that a page does not tell and a person did.
+
+    reuse_ceiling_ratio: share of prompt tokens that an infinite cache would serve. cache_tiers: those that pay.
+    """
 
     engine: Engine | None = None
     engine_version: str | None = None
@@ -62,7 +65,7 @@ class Context:
     gpu: GpuFacts = GpuFacts()
     price: GpuPrice | None = None
     reuse_ceiling_ratio: float | None = None
-    cache_advice: CacheAdvice | None = None
+    cache_tiers: Sequence[TierAdvice] | None = None
     past: Mapping[str, PastEffect] = field(default_factory=dict)
 
     @property
@@ -128,8 +131,8 @@ def with_context(measures: Measures, context: Context) -> Measures:
         "prefix_caching_off": None if caching is None else float(caching == "False"),
         "reuse_ceiling_ratio": context.reuse_ceiling_ratio,
         "cache_advice_bytes": None
-        if context.cache_advice is None
-        else float(sum(tier.size_bytes for tier in context.cache_advice.tiers if tier.tier != "gpu")),
+        if context.cache_tiers is None
+        else float(sum(tier.size_bytes for tier in context.cache_tiers if tier.tier != "gpu")),
         "dram_active_p95_ratio": context.gpu.dram_active_p95_ratio,
         "tensor_active_p95_ratio": context.gpu.tensor_active_p95_ratio,
         "power_share_ratio": power / limit if power is not None and limit else None,

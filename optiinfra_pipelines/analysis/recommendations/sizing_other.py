@@ -127,8 +127,7 @@ def offload_tier(measures: Measures, context: Context) -> Sized | Refused:
     flag = find_flag(context.engine, context.engine_version, "kv_offload")
     if isinstance(flag, NoFlag):
         return Refused(flag.reason)
-    advised = context.cache_advice
-    tier = next((one for one in advised.tiers if one.tier == "cpu" and one.size_bytes > 0), None) if advised else None
+    tier = next((one for one in context.cache_tiers or () if one.tier == "cpu" and one.size_bytes > 0), None)
     if tier is None:
         return Refused("unknown: no basis for an effect; the reuse curve names no host tier that pays")
     gib = math.ceil(tier.size_bytes / 1024**3)
