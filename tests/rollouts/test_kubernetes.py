@@ -406,6 +406,24 @@ def test_traffic_comes_off_even_when_the_record_was_lost(server: KubeServer, tar
     assert server.weights() == [{"chat": None, "chat-candidate": 0}]
 
 
+def test_a_watchdog_takes_traffic_off_although_the_record_was_lost(server: KubeServer, tmp_path: Path) -> None:
+    """It claims with a token of its own, and the candidate itself says whose it is; growing again is refused."""
+    given = kube_kit.settings(server, tmp_path)
+    executor, watchdog = kube_kit.target(given), kube_kit.target(given)
+    executor.claim("r-1", 1)
+    executor.start_candidates(3, FLAGS, 1)
+    executor.set_share(100.0, 1)
+    server.edit("httproutes", "chat", lambda body: body["metadata"].update(annotations={}))
+
+    watchdog.claim("r-1", 2)
+    watchdog.set_share(0.0, 2)
+    assert server.weights() == [{"chat": None, "chat-candidate": 0}]
+    with pytest.raises(TargetError, match="begin anew"):
+        watchdog.set_share(10.0, 2)
+    with pytest.raises(StaleTokenError, match="remove the annotation"):
+        executor.set_share(10.0, 1)
+
+
 def test_a_rule_that_was_added_meanwhile_stops_growth_and_not_the_way_back(
     server: KubeServer, target: KubernetesTarget
 ) -> None:

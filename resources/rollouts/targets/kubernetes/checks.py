@@ -48,7 +48,7 @@ def refuse_unfit(
     if untaken is not None:
         faults.append(f"{where}: {untaken}")
     if candidate is not None:
-        owner = (candidate["metadata"].get("annotations") or {}).get(objects.ROLLOUT, "nobody known")
+        owner = objects.owner_of(candidate) or "nobody known"
         if owner != rollout_id:
             faults.append(
                 f"Deployment {settings.namespace}/{settings.candidate} is there already, of {owner}; delete it"

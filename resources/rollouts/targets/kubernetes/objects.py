@@ -110,6 +110,12 @@ def candidate_service(stable: Mapping[str, Any], settings: KubernetesSettings, l
     }
 
 
+def owner_of(candidate: Mapping[str, Any]) -> str | None:
+    """The rollout that made a candidate Deployment; None for one that nobody signed."""
+    owner: str | None = (candidate["metadata"].get("annotations") or {}).get(ROLLOUT)
+    return owner
+
+
 def rollout_of(deployment: Mapping[str, Any], replicas: int) -> bool:
     """Whether a rolling update is through: every replica is of the newest template and available.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,6 +27,8 @@ class Pods:
         self._seen: dict[str, Address] = {}
         self._restarts: dict[str, int] = {}
         self._is_alive: dict[str, bool | None] = {}
+        # Staging asks from a thread of its own.
+        self._lock = threading.Lock()
 
     def candidates(self) -> list[Json]:
         """Candidate pods that are there in any state, also those that are ending."""
@@ -36,14 +39,16 @@ class Pods:
         stable = self._read_stable()
         pods = [pod for pod in self.candidates() if _is_serving(pod)]
         addresses = {str(pod["metadata"]["name"]): self._address(pod, stable) for pod in pods}
-        self._is_alive = dict.fromkeys(self._seen, False)
-        for pod in pods:
-            name = str(pod["metadata"]["name"])
-            restarts, is_running = _engine_state(pod, str(engine_container(stable, self._settings)["name"]))
-            is_same = restarts <= self._restarts.setdefault(name, restarts)
-            self._is_alive[name] = is_running if is_same else False
-        self._seen.update(addresses)
-        return tuple(self._seen.values())
+        container = str(engine_container(stable, self._settings)["name"])
+        with self._lock:
+            self._is_alive = dict.fromkeys(self._seen, False)
+            for pod in pods:
+                name = str(pod["metadata"]["name"])
+                restarts, is_running = _engine_state(pod, container)
+                is_same = restarts <= self._restarts.setdefault(name, restarts)
+                self._is_alive[name] = is_running if is_same else False
+            self._seen.update(addresses)
+            return tuple(self._seen.values())
 
     def stable_arm(self) -> tuple[Address, ...]:
         """Stable pods that serve now."""
@@ -57,7 +62,8 @@ class Pods:
 
     def forget(self) -> None:
         """Begin anew: candidates are being started or stopped on purpose."""
-        self._seen, self._restarts, self._is_alive = {}, {}, {}
+        with self._lock:
+            self._seen, self._restarts, self._is_alive = {}, {}, {}
 
     def missing(self, wanted: int) -> str | None:
         """Why fewer than `wanted` candidate pods have an address; None when they all do."""

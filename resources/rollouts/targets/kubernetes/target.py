@@ -110,8 +110,13 @@ class KubernetesTarget:
             nonlocal stable
             if state.get("rollout_id") == rollout_id:
                 return rules
+            candidate = self._candidate()
+            if not state and candidate is not None and objects.owner_of(candidate) == rollout_id:
+                # The record was taken away, the candidate is ours: taking its traffic off must not wait for a person.
+                state.update(rollout_id=rollout_id)
+                return rules
             stable = self._stable()
-            refuse_unfit(self._api, self._settings, self._route(), stable, self._candidate(), rollout_id)
+            refuse_unfit(self._api, self._settings, self._route(), stable, candidate, rollout_id)
             state.clear()
             state.update(
                 rollout_id=rollout_id,
@@ -244,7 +249,10 @@ class KubernetesTarget:
                 return None
             seen = int((found["metadata"].get("annotations") or {}).get(objects.TOKEN, 0))
             if token < seen:
-                raise StaleTokenError(f"token {token} is stale; {seen} owns Deployment {self._where(name)} now")
+                raise StaleTokenError(
+                    f"token {token} is stale; {seen} owns Deployment {self._where(name)} now. If the store that gave "
+                    f"it is gone for good, remove the annotation {objects.TOKEN}"
+                )
             patch = change(found)
             if patch is None:
                 return found
@@ -263,7 +271,7 @@ class KubernetesTarget:
         name = self._settings.candidate
 
         def scaled(found: Json) -> Json | None:
-            owner = (found["metadata"].get("annotations") or {}).get(objects.ROLLOUT)
+            owner = objects.owner_of(found)
             if owner != rollout_id:
                 raise TargetError(f"Deployment {self._where(name)} belongs to rollout {owner}; delete it first")
             return None if int(found["spec"].get("replicas", 1)) == count else {"spec": {"replicas": count}}
