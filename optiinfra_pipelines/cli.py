@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import click
 
@@ -55,9 +55,36 @@ def up(settings: tuple[Paths, dict[str, str]], host: str, port: int) -> None:
 @_HOST
 @_PORT
 @click.option("--once", is_flag=True, help="Collect, build every asset, print the result and exit; no browser needed.")
+@click.option("--live", is_flag=True, help="A small fleet with real HTTP traffic around SIMULATED engines instead.")
+@click.option(
+    "--script", is_flag=True, help="With --live: play a good and a bad rollout, tell how they went, and exit."
+)
+@click.option("--until-verified", is_flag=True, help="With --script: wait until the good one's effect is measured.")
+@click.option(
+    "--gateway", type=click.Choice(["haproxy", "builtin"]), help="With --live. Default: HAProxy if installed."
+)
 @click.pass_obj
-def demo(settings: tuple[Paths, dict[str, str]], host: str, port: int, once: bool) -> None:
-    """Replay recordings of real engines beside this host's live metrics."""
+def demo(
+    settings: tuple[Paths, dict[str, str]],
+    host: str,
+    port: int,
+    once: bool,
+    live: bool,
+    script: bool,
+    until_verified: bool,
+    gateway: Literal["haproxy", "builtin"] | None,
+) -> None:
+    """Replay recordings of real engines beside this host's live metrics, or run a live fleet."""
+    if live:
+        from optiinfra_pipelines.commands import live_demo
+
+        if once:
+            raise click.UsageError("--once is for the recordings; the live demo without a browser is --live --script")
+        paths, environ = live_demo.settings_of_live_demo(*settings)
+        live_demo.run(paths, host, port, environ, gateway=gateway, is_scripted=script, until_verified=until_verified)
+        return
+    if script or until_verified or gateway:
+        raise click.UsageError("--script, --until-verified and --gateway belong to --live")
     from optiinfra_pipelines.commands import demo as command
 
     paths, environ = command.settings_of_demo(*settings)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import duckdb
+import polars as pl
 
 from optiinfra_pipelines.commands.console import print_table
 
@@ -37,6 +38,19 @@ def run(read_copy: Path, query: str, form: str) -> None:
         sys.stdout.write(json.dumps(frame.to_dicts(), default=str, allow_nan=False) + "\n")
     else:
         print_table(frame)
+
+
+def fetch(read_copy: Path, query: str) -> pl.DataFrame | None:
+    """The rows of one query; None while there is no read copy, or no such table in it yet."""
+    if not read_copy.exists():
+        return None
+    with duckdb.connect(str(read_copy), read_only=True) as connection:
+        connection.execute("SET TimeZone = 'UTC'")
+        try:
+            frame: pl.DataFrame = connection.sql(query).pl()
+        except duckdb.CatalogException:
+            return None
+    return frame
 
 
 def _relations(connection: duckdb.DuckDBPyConnection) -> str:

@@ -9,7 +9,8 @@ import fcntl
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,8 +27,23 @@ from resources.warehouse import Warehouse, WarehouseError
 LOOK_SECONDS = 0.5
 
 
-def run(paths: Paths, host: str, port: int, environ: Mapping[str, str], *, banner: str = "") -> None:
-    """Run until told to stop. Raises click.ClickException naming what is wrong and the remedy."""
+Beside = Callable[[Callable[[], bool]], None]
+
+
+def run(
+    paths: Paths,
+    host: str,
+    port: int,
+    environ: Mapping[str, str],
+    *,
+    banner: str = "",
+    beside: Beside | None = None,
+) -> None:
+    """Run until told to stop. Raises click.ClickException naming what is wrong and the remedy.
+
+    beside: what else is done once all runs, in a thread of its own; it is handed a question that turns true when this
+    is to stop. Its end is the end of the run, and its error is raised here.
+    """
     fleet = _load(paths.fleet_file, environ)
     with _sole_owner(paths.home), _stop_signals() as stopped:
         try:
@@ -42,11 +58,28 @@ def run(paths: Paths, host: str, port: int, environ: Mapping[str, str], *, banne
         console.print(banner or _what_is_watched(fleet, paths))
         try:
             _start(supervisor, paths, host, port, stopped)
-            _watch(supervisor, paths.fleet_file, environ, stopped)
+            with _doing(beside, stopped):
+                _watch(supervisor, paths.fleet_file, environ, stopped)
         finally:
             console.print("stopping …")
             supervisor.stop()
             console.print("stopped; nothing is left running")
+
+
+@contextmanager
+def _doing(beside: Beside | None, stopped: list[int]) -> Iterator[None]:
+    """Do something in a thread meanwhile; it and the block end each other."""
+    if beside is None:
+        yield
+        return
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="beside") as pool:
+        done = pool.submit(beside, lambda: bool(stopped))
+        done.add_done_callback(lambda _: stopped.append(signal.SIGTERM))
+        try:
+            yield
+        finally:
+            stopped.append(signal.SIGTERM)
+    done.result()
 
 
 def _start(supervisor: Supervisor, paths: Paths, host: str, port: int, stopped: list[int]) -> None:

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -79,7 +79,8 @@ class LiveFleet:
     """All of it under one folder. Use as a context manager: what was started is ended, also what rollouts started.
 
     rollouts_dir: where the pipeline keeps its rollouts; the replicas are known to the launcher there. gateway: which
-    one; None takes HAProxy where it is installed. on_event: one line per thing that happens to the gateway.
+    one; None takes HAProxy where it is installed. flags: what stable replicas start with. replica: command of one, to
+    which its arguments are added. on_event: one line per thing that happens to the gateway.
     """
 
     def __init__(
@@ -88,9 +89,13 @@ class LiveFleet:
         rollouts_dir: Path,
         *,
         gateway: GatewayKind | None = None,
+        flags: Mapping[str, str] = FLAGS,
+        replica: Sequence[str] = (sys.executable, "-m", "resources.demo.live.replica"),
         on_event: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.folder = folder
+        self._flags = flags
+        self._replica = tuple(replica)
         self.gateway: GatewayKind = gateway or ("haproxy" if find_haproxy() else "builtin")
         self.launcher = LocalLauncher(rollouts_dir / "haproxy" / "replicas")
         self.port, *ports = _free_ports(STABLE + CANDIDATES)
@@ -123,7 +128,7 @@ class LiveFleet:
         write_model(self.folder / "model")
         try:
             for one in self.settings.stable:
-                self.launcher.start(one.server, self.settings.launch or (), one.url, FLAGS)
+                self.launcher.start(one.server, self.settings.launch or (), one.url, self._flags)
             for one in self.settings.stable:
                 self._wait_until_ready(one)
             command = gateway_command(self.gateway, self.settings, self.port, self.folder)
@@ -157,9 +162,9 @@ class LiveFleet:
             # The mocker takes vLLM's flags and prints vLLM's names.
             "deployments": [{"name": DEPLOYMENT, "model": MODEL_NAME, "engine": "vllm"}],
             "hosts": [{"name": "this-host", "local": True}],
-            # A person waits: refresh every minute, and advise on windows of one.
+            # A person waits: refresh every minute, and advise on one window of one.
             "cadence": {"refresh_minutes": 1},
-            "thresholds": {"advice_window_seconds": 60},
+            "thresholds": {"advice_window_seconds": 60, "advice_windows": 1},
             "rollouts": self.policy.model_dump(mode="json", exclude_defaults=True),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,9 +185,8 @@ class LiveFleet:
         ]
         # A socket's path may hold 107 bytes: a home deep in the tree would not fit.
         socket_file = Path(tempfile.mkdtemp(prefix="optiinfra-")) / "gateway.sock"
-        base = [f"--{flag}={value}" for flag, value in FLAGS.items()]
+        base = [f"--{flag}={value}" for flag, value in self._flags.items()]
         fixed = ["--block-size=32", f"--speedup-ratio={SPEEDUP_RATIO}", *base]
-        module = [sys.executable, "-m", "resources.demo.live.replica", "--port", "{port}"]
         return HaproxySettings(
             socket=str(socket_file),
             backend=DEPLOYMENT,
@@ -191,7 +195,7 @@ class LiveFleet:
             candidates=tuple(servers[STABLE:]),
             # What {flags} says comes last and wins.
             launch=(
-                *module,
+                *(*self._replica, "--port", "{port}"),
                 *("--model", str(self.folder / "model"), "--folder", str(self.folder / "replicas")),
                 *(*fixed, "{flags}"),
             ),

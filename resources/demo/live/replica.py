@@ -2,7 +2,7 @@
 
     python -m resources.demo.live.replica --port 9000 --model <folder> --folder <scratch> [flags of the mocker …]
 
-The API listens on the port, the engine's metrics page on the port after it, both on 127.0.0.1. The two processes live
+The API listens on the port, the engine's metrics page on the port after it or on --metrics, all on 127.0.0.1. The two processes live
 and die together, as a server and its engine do: when one ends, or this process is killed, so does the other.
 """
 
@@ -35,7 +35,7 @@ def metrics_port(port: int) -> int:
     return port + 1
 
 
-def environment(folder: Path, port: int, environ: Mapping[str, str]) -> dict[str, str]:
+def environment(folder: Path, metrics: int, environ: Mapping[str, str]) -> dict[str, str]:
     """What both processes are told: find each other through files in the folder, and stay on loopback."""
     kept = {name: value for name, value in environ.items() if not name.startswith("DYN_")}
     return kept | {
@@ -47,7 +47,7 @@ def environment(folder: Path, port: int, environ: Mapping[str, str]) -> dict[str
         "DYN_TCP_RPC_HOST": "127.0.0.1",
         "DYN_TCP_RESPONSE_STREAM_HOST": "127.0.0.1",
         "DYN_SYSTEM_HOST": "127.0.0.1",
-        "DYN_SYSTEM_PORT": str(metrics_port(port)),
+        "DYN_SYSTEM_PORT": str(metrics),
         "DYN_LOG": "warn",
         "HF_HUB_OFFLINE": "1",
         # Dynamo keeps a copy of the model's files under the user's home.
@@ -64,14 +64,14 @@ def commands(port: int, model: Path, flags: Sequence[str]) -> tuple[list[str], l
     return python + frontend, python + mocker
 
 
-def run(port: int, model: Path, folder: Path, flags: Sequence[str], environ: Mapping[str, str]) -> int:
+def run(port: int, metrics: int, model: Path, folder: Path, flags: Sequence[str], environ: Mapping[str, str]) -> int:
     """Serve until SIGTERM (0) or until one of the two has ended (1)."""
     stopped: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: stopped.append(received))
     shutil.rmtree(folder / "discovery", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    told = environment(folder, port, environ)
+    told = environment(folder, metrics, environ)
     frontend_line, mocker_line = commands(port, model, flags)
     # Only the mocker has the page of metrics: the frontend's own is at its API port.
     frontend = _start(frontend_line, {**told, "DYN_SYSTEM_PORT": "-1"}, folder)
@@ -109,10 +109,12 @@ def _kill(*processes: subprocess.Popen[bytes]) -> None:
 def main() -> None:
     arguments = argparse.ArgumentParser(description="One replica: a real server around a simulated engine.")
     arguments.add_argument("--port", type=int, required=True)
+    arguments.add_argument("--metrics", type=int, help="Port of the engine's metrics page.")
     arguments.add_argument("--model", type=Path, required=True)
     arguments.add_argument("--folder", type=Path, required=True)
     given, flags = arguments.parse_known_args()
-    sys.exit(run(given.port, given.model, given.folder / str(given.port), flags, os.environ))
+    metrics = given.metrics or metrics_port(given.port)
+    sys.exit(run(given.port, metrics, given.model, given.folder / str(given.port), flags, os.environ))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,125 @@
+"""`optiinfra demo --live`: a small fleet with real HTTP traffic, which rollouts really change.
+
+The servers, the gateway, the traffic and the rollouts are real; the engines are SIMULATED, and every screen says so.
+With `--script` it plays the whole walk (`live_walk`) and exits; without, a person does it in the launchpad.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import click
+import yaml
+
+from optiinfra_pipelines.commands import up
+from optiinfra_pipelines.commands.console import console
+from optiinfra_pipelines.commands.live_walk import APPROVER, PLAN, REQUESTER, TINY_BUDGET, StoppedError, Walk, WalkError
+from optiinfra_pipelines.settings import Paths, find_paths
+from resources.dagster_home.graphql import LaunchError, Launchpad
+from resources.demo.live.fleet import (
+    DEPLOYMENT,
+    FLAGS,
+    MAX_IN_FLIGHT,
+    REQUESTS_PER_SECOND,
+    LiveDemoError,
+    LiveFleet,
+    clear_home,
+)
+from resources.demo.live.gateways import GatewayKind
+from resources.demo.live.replica import MODEL_NAME
+from resources.demo.live.traffic import Load, Traffic
+
+
+def run(
+    paths: Paths,
+    host: str,
+    port: int,
+    environ: Mapping[str, str],
+    *,
+    gateway: GatewayKind | None,
+    is_scripted: bool,
+    until_verified: bool,
+) -> None:
+    """Run the live fleet under the Dagster UI until told to stop, or until the scripted walk is over."""
+    load = Load(MODEL_NAME, REQUESTS_PER_SECOND, max_in_flight=MAX_IN_FLIGHT)
+    try:
+        clear_home(paths.home, paths.rollouts_dir)
+        with console.status("starting replicas and their gateway …"):
+            live = LiveFleet(paths.home / "live", paths.rollouts_dir, gateway=gateway, on_event=console.print)
+            live.__enter__()
+        try:
+            live.write_fleet(paths.fleet_file)
+            with Traffic(live.url, load) as traffic:
+
+                def walk(is_stopped: Callable[[], bool]) -> None:
+                    _walk(paths, host, port, traffic, is_stopped, until_verified=until_verified)
+
+                beside = walk if is_scripted else None
+                up.run(paths, host, port, environ, banner=_banner(live, is_scripted=is_scripted), beside=beside)
+        finally:
+            live.__exit__()
+    except LiveDemoError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _walk(
+    paths: Paths,
+    host: str,
+    port: int,
+    traffic: Traffic,
+    is_stopped: Callable[[], bool],
+    *,
+    until_verified: bool,
+) -> None:
+    launchpad = Launchpad(f"http://{host}:{port}")
+    try:
+        Walk(paths, launchpad, traffic, say=console.print, is_stopped=is_stopped).run(until_verified=until_verified)
+    except StoppedError:
+        return
+    except (WalkError, LaunchError) as error:
+        raise click.ClickException(f"the walk failed: {error}") from error
+    console.print("the walk is over: the good change is in force, the bad one was taken back")
+
+
+def _banner(live: LiveFleet, *, is_scripted: bool) -> str:
+    """What runs, what of it is simulated, and what to do next."""
+    gateway = "HAProxy" if live.gateway == "haproxy" else "the built-in gateway (HAProxy is not installed)"
+    flags = " ".join(f"--{flag} {value}" for flag, value in FLAGS.items())
+    lines = [
+        "OptiInfra live demo: real HTTP servers, gateway, traffic and rollouts; the ENGINES ARE SIMULATED",
+        "(NVIDIA Dynamo's mocker behind its real frontend). No token here was computed by a model.",
+        f"  {len(live.settings.stable)} replicas of {DEPLOYMENT} behind {gateway} on {live.url}, each with",
+        f"  {flags}; {REQUESTS_PER_SECOND:g} requests a second, more than their slots carry.",
+    ]
+    if not is_scripted:
+        bad = {
+            **PLAN,
+            "deployment": DEPLOYMENT,
+            "requester": REQUESTER,
+            "reason": "against all advice",
+            "current": {**FLAGS, "max-num-seqs": "8"},
+            "proposed": TINY_BUDGET,
+        }
+        lines += [
+            "What to do next, in the UI (Deployment, then Jobs, then the job's Launchpad):",
+            "  1. Within minutes asset `findings` shows QUEUE_BUILDUP, then `recommendations` more batch slots.",
+            "  2. Launch propose_rollout with the recommendation's id:",
+            _config("record_proposal", {**PLAN, "requester": REQUESTER, "reason": "…", "recommendation_id": "…"}),
+            f"  3. Launch approve_rollout as {APPROVER}, with what the first run printed. A sensor starts the rest;",
+            "     follow execute_rollout in Runs and asset rollout/execution in the catalog.",
+            "  4. When it is COMPLETED, try a bad one the same way and see it rolled back by itself:",
+            _config("record_proposal", bad),
+        ]
+    return "\n".join(lines)
+
+
+def _config(op: str, config: Mapping[str, object]) -> str:
+    text = yaml.safe_dump({"ops": {op: {"config": dict(config)}}}, sort_keys=False, allow_unicode=True)
+    return "\n".join(f"       {line}" for line in text.splitlines())
+
+
+def settings_of_live_demo(paths: Paths, environ: dict[str, str]) -> tuple[Paths, dict[str, str]]:
+    """The live demo keeps a state and a fleet.yaml of its own, which each start begins anew."""
+    home = paths.home / "live-demo"
+    own = environ | {"OPTIINFRA_HOME": str(home), "OPTIINFRA_FLEET": str(home / "fleet.yaml")}
+    return find_paths(own), own

@@ -1,0 +1,233 @@
+"""The live demo's walk: a change that helps goes through, one that harms comes back, and everything is told with times.
+
+It does what a person does: looks at findings and recommendations in the read copy, launches the launchpad's own jobs,
+and follows the rollout's log. It decides nothing. Here: the order of it and its account. Not here: the fleet
+(`resources.demo.live`), the jobs (`optiinfra_pipelines.defs.rollouts`), the executor (`resources.rollouts`).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from optiinfra_pipelines.commands import sql
+from optiinfra_pipelines.defs.rollouts import ROLLOUT_TAG
+from optiinfra_pipelines.domain.rollouts import Rollout, RolloutState
+from optiinfra_pipelines.settings import Paths
+from resources.dagster_home.graphql import Launchpad
+from resources.demo.live.fleet import DEPLOYMENT, FLAGS
+from resources.demo.live.traffic import Traffic
+from resources.rollouts.desk import STORE_FILE
+from resources.rollouts.store import RolloutStore
+
+# Collection, two windows of a minute, and the refreshes between them; more means that something is broken.
+FINDING_SECONDS, ADVICE_SECONDS = 300.0, 600.0
+# Two minutes of reference, three steps of two, the bake, and starts on a busy host.
+ROLLOUT_SECONDS = 1200.0
+# Six periods of a minute after the warm-up of one, and a refresh.
+VERIFIED_SECONDS = 1200.0
+LOOK_SECONDS = 1.0
+REQUESTER, APPROVER = "ada", "grace"
+# Few shares, each as short as the planner allows at this traffic: two minutes.
+PLAN: Mapping[str, Any] = {
+    "target": "haproxy",
+    "percents": [25.0, 100.0],
+    "candidate_replicas": 2,
+    "bake_minutes": 0.5,
+    "detect_percent": 100.0,
+    "min_requests": 100,
+    "warm_up_seconds": 10.0,
+}
+# Sixteen tokens a step for up to eight running requests: prompts are computed a few tokens at a time.
+TINY_BUDGET = {"max-num-batched-tokens": "16"}
+# Clients' own view before and after is that of so many requests.
+_RECENT = 200
+_TOLD = frozenset({"transition", "verdict", "alert", "refused"})
+
+
+class WalkError(RuntimeError):
+    """The walk did not go as it should; the text says where it stands."""
+
+
+class StoppedError(WalkError):
+    """Somebody ended the demo meanwhile."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The recommendation the walk carries out."""
+
+    recommendation_id: str
+    change_text: str
+    proposed_slots: str
+
+
+class Walk:
+    """One walk. say: takes the account, line by line."""
+
+    def __init__(
+        self,
+        paths: Paths,
+        launchpad: Launchpad,
+        traffic: Traffic,
+        *,
+        say: Callable[[str], None],
+        is_stopped: Callable[[], bool],
+    ) -> None:
+        self._paths = paths
+        self._launchpad = launchpad
+        self._traffic = traffic
+        self._say_line = say
+        self._is_stopped = is_stopped
+        self._began = time.monotonic()
+        self._store = RolloutStore(paths.rollouts_dir / STORE_FILE)
+
+    def run(self, *, until_verified: bool) -> None:
+        """All of it. WalkError when a wait is over or something else came out than should."""
+        self._say("traffic runs; waiting for the pipeline to see what is wrong")
+        self._finding()
+        advice = self._advice()
+        before = self._recent_median()
+        good = self._roll_out("the good change", {"recommendation_id": advice.recommendation_id}, "more batch slots")
+        if good.position.state is not RolloutState.COMPLETED:
+            raise WalkError(f"the good change is {good.position} and not COMPLETED")
+        self._clients(before)
+        change = {
+            "deployment": DEPLOYMENT,
+            "current": {**FLAGS, "max-num-seqs": advice.proposed_slots},
+            "proposed": TINY_BUDGET,
+        }
+        bad = self._roll_out("the bad change", change, "a smaller token budget, against all advice")
+        if bad.position.state is not RolloutState.ROLLED_BACK:
+            raise WalkError(f"the bad change is {bad.position} and not ROLLED_BACK")
+        self._ledger(advice, until_verified=until_verified)
+        counts = self._traffic.counts()
+        self._say(
+            f"clients: {counts.sent} requests sent, {counts.answered} answered so far, {counts.failed} lost, "
+            f"{counts.held_back} held back at the bound of requests in flight"
+        )
+        for reason, count in counts.lost.most_common():
+            self._say(f"  lost: {count} x {reason}")
+
+    # --- the steps -----------------------------------------------------------------------------------------
+
+    def _finding(self) -> None:
+        found = self._wait_for(
+            "select subject_name, cause, summary, since from findings where kind = 'QUEUE_BUILDUP' and until is null "
+            "and cause = 'batch_slot_bound' order by since limit 1",
+            FINDING_SECONDS,
+            "the finding QUEUE_BUILDUP / batch_slot_bound",
+        )
+        self._say(f"finding: {found['subject_name']}: QUEUE_BUILDUP / {found['cause']}: {found['summary']}")
+
+    def _advice(self) -> Advice:
+        found = self._wait_for(
+            "select id, change_text, effect_signal, effect_before, effect_low, effect_high, "
+            "json_extract_string(document, '$.proposed.max-num-seqs') as slots from recommendations "
+            f"where rule = 'max_sequences_up' and state = 'open' and subject_name = '{DEPLOYMENT}' limit 1",
+            ADVICE_SECONDS,
+            "the recommendation of more batch slots",
+        )
+        self._say(
+            f"recommendation {found['id']}: {found['change_text']}; expected: {found['effect_signal']} "
+            f"{found['effect_low']:+.3g} to {found['effect_high']:+.3g} from {found['effect_before']:.3g}"
+        )
+        return Advice(found["id"], found["change_text"], found["slots"])
+
+    def _roll_out(self, name: str, change: Mapping[str, Any], reason: str) -> Rollout:
+        """Propose, approve as somebody else, and follow to the end."""
+        config = {**PLAN, **change, "requester": REQUESTER, "reason": reason}
+        proposed = self._launchpad.run("propose_rollout", "record_proposal", config, is_stopped=self._is_stopped)
+        rollout_id = proposed.tags[ROLLOUT_TAG]
+        row = self._store.get(rollout_id)
+        self._say(f"{name}: {REQUESTER} proposed {rollout_id}: {_words(row)}")
+        approval = {"rollout_id": rollout_id, "approver": APPROVER, "proposal_hash": row.proposal_hash}
+        self._launchpad.run("approve_rollout", "record_approval", approval, is_stopped=self._is_stopped)
+        return self._follow(rollout_id)
+
+    def _follow(self, rollout_id: str) -> Rollout:
+        seen, until = 0, time.monotonic() + ROLLOUT_SECONDS
+        while True:
+            row = self._store.get(rollout_id)
+            events = self._store.events(rollout_id)
+            for event in events[seen:]:
+                is_share = event.kind == "result" and "of new requests" in event.reason
+                if event.kind in _TOLD or is_share:
+                    moved = f"{event.to_position}: " if event.to_position else ""
+                    self._say(f"  {moved}{event.reason}")
+            seen = len(events)
+            is_settled = row.position.state is not RolloutState.COMPLETED or row.is_settled
+            if row.position.is_terminal and is_settled:
+                return row
+            if row.position.pause is not None:
+                raise WalkError(f"{rollout_id} waits for a person: {row.position}")
+            if time.monotonic() > until:
+                raise WalkError(f"{rollout_id} is {row.position} after {ROLLOUT_SECONDS:.0f} s")
+            self._sleep()
+
+    def _clients(self, before: float | None) -> None:
+        """What clients saw: the median of the last requests before and after."""
+        sent = self._traffic.counts().answered
+        while self._traffic.counts().answered < sent + _RECENT:
+            self._sleep()
+        after = self._recent_median()
+        if before is not None and after is not None:
+            self._say(f"clients: the median request took {before:.2f} s before and takes {after:.2f} s now")
+
+    def _ledger(self, advice: Advice, *, until_verified: bool) -> None:
+        where = f"from recommendations where id = '{advice.recommendation_id}'"
+        found = self._wait_for(
+            f"select state, applied_at {where} and applied_at is not null", ADVICE_SECONDS, "the ledger's 'applied'"
+        )
+        self._say(f"ledger: {advice.change_text}: {found['state']} at {found['applied_at']:%H:%M:%S} UTC")
+        if not until_verified:
+            self._say(
+                "ledger: its effect is measured later, over equal times before and after (--until-verified waits)"
+            )
+            return
+        found = self._wait_for(
+            "select e.signal, e.unit, e.change, e.change_low, e.change_high, e.grade, r.state "
+            "from recommendation_effects e join recommendations r on r.id = e.recommendation_id "
+            f"where r.id = '{advice.recommendation_id}' and r.state in ('verified', 'refuted', 'unverifiable')",
+            VERIFIED_SECONDS,
+            "the measured effect",
+        )
+        self._say(
+            f"ledger: {found['state']}: {found['signal']} changed by {found['change']:+.3g} {found['unit']} "
+            f"({found['change_low']:+.3g} to {found['change_high']:+.3g}, {found['grade']})"
+        )
+        if found["state"] != "verified":
+            raise WalkError(f"the measured effect is {found['state']}, not verified")
+
+    # --- parts ---------------------------------------------------------------------------------------------
+
+    def _recent_median(self) -> float | None:
+        seconds = self._traffic.counts().seconds[-_RECENT:]
+        return statistics.median(seconds) if seconds else None
+
+    def _wait_for(self, query: str, seconds: float, what: str) -> dict[str, Any]:
+        """The one row of a question to the read copy, as soon as there is one."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            found = sql.fetch(self._paths.warehouse_dir / "read.duckdb", query)
+            if found is not None and not found.is_empty():
+                return found.row(0, named=True)
+            self._sleep()
+        raise WalkError(f"{what} did not come within {seconds:.0f} s")
+
+    def _sleep(self) -> None:
+        if self._is_stopped():
+            raise StoppedError("the demo was ended before its walk was over")
+        time.sleep(LOOK_SECONDS)
+
+    def _say(self, text: str) -> None:
+        passed = time.monotonic() - self._began
+        self._say_line(f"[{int(passed // 60):02d}:{int(passed % 60):02d}] {text}")
+
+
+def _words(row: Rollout) -> str:
+    change = row.proposal.change
+    return ", ".join(f"--{flag} {change.current.get(flag)} -> {value}" for flag, value in change.proposed.items())
