@@ -4,9 +4,9 @@
 
 The live demo's fleet: real HTTP servers, gateway, traffic and rollout executor on the real clock; the engines are
 SIMULATED. Each fault is one rollout of a harmless change whose candidates have a quarter of the traffic when one of
-them is killed with -9 or both begin to answer 3 of 10 requests with an error. Printed: fault to weight 0 as the gateway shows
-it, fault to ROLLED_BACK (the stable state verified at the gateway), and lost requests. Last, weights go 25, 50, 100, 0 %,
-a drain and a stop under the same traffic, streamed and not, and every lost request is counted.
+them is killed with -9, or both begin to answer 3 of 10 requests with an error. Printed: fault to weight 0 as the
+gateway shows it, fault to ROLLED_BACK (the stable state verified at the gateway), and lost requests. Last, weights go
+25, 50, 100, 0 %, a drain and a stop under the same traffic, plain and streamed, and every lost request is counted.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import asyncio
 import os
 import random
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -236,7 +237,8 @@ def serve(given: list[str]) -> int:
     place = rest.index("--port") + 1
     port = int(rest[place])
     # The engine's metrics page stays where it was: only the API is passed on.
-    inner = port + 2
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        inner = int(free.getsockname()[1])
     line = [sys.executable, "-m", "resources.demo.live.replica", *rest[:place], str(inner), *rest[place + 1 :]]
     process = subprocess.Popen([*line, "--metrics", str(metrics_port(port))], env=dict(os.environ))
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
