@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -32,10 +33,10 @@ import psutil
 
 from optiinfra_pipelines.domain.fleet import Deployment, Fleet
 from optiinfra_pipelines.domain.rollouts import Change, KnobGroup, Proposal, RolloutPlan, RolloutState, Stage
-from resources.demo.live.fleet import DEPLOYMENT, FLAGS, REQUESTS_PER_SECOND, LiveFleet, completes
+from resources.demo.live.fleet import DEPLOYMENT, FLAGS, LOAD, LiveFleet, completes
 from resources.demo.live.gateways import GatewayKind
 from resources.demo.live.replica import MODEL_NAME, metrics_port
-from resources.demo.live.traffic import Load, Traffic
+from resources.demo.live.traffic import Traffic
 from resources.gateway.pool import Pool, ServerSettings
 from resources.gateway.proxy import Proxy
 from resources.rollouts.desk import Rollouts
@@ -46,13 +47,13 @@ ERROR_RATIO = 0.3
 # The fault comes somewhere in the step, not at a look.
 FAULT_AFTER_SECONDS = (12.0, 20.0)
 PLAN = RolloutPlan(
-    percents=(25.0, 100.0), candidate_replicas=2, detect_ratio=1.0, min_requests=100, warm_up_seconds=10.0
+    percents=(25.0, 50.0, 100.0), candidate_replicas=2, detect_ratio=1.0, min_requests=100, warm_up_seconds=10.0
 )
 CHANGE = Change(
     deployment=DEPLOYMENT,
     knob_group=KnobGroup.BATCHING,
-    current={"max-num-seqs": "8"},
-    proposed={"max-num-seqs": "10"},
+    current={"max-num-seqs": "64"},
+    proposed={"max-num-seqs": "72"},
 )
 
 
@@ -74,14 +75,14 @@ def measure(folder: Path, faults: int, gateway: GatewayKind | None) -> None:
         folder / "live",
         folder / "rollouts",
         gateway=gateway,
-        # 8 slots from the start: what is measured is the fault, not an overload.
-        flags={**FLAGS, "max-num-seqs": "8"},
+        # 64 slots from the start: what is measured is the fault, not an overload.
+        flags={**FLAGS, "max-num-seqs": "64"},
         replica=(sys.executable, str(Path(__file__).resolve()), "--serve", str(folder / "errors")),
     )
     off: list[float] = []
     back: list[float] = []
-    with live, Traffic(live.url, Load(MODEL_NAME, REQUESTS_PER_SECOND, max_in_flight=64)) as traffic:
-        print(f"gateway: {live.gateway}; engines SIMULATED; {REQUESTS_PER_SECOND:g} requests/s")
+    with live, Traffic(live.url, LOAD) as traffic:
+        print(f"gateway: {live.gateway}; engines SIMULATED; {LOAD.requests_per_second:g} requests/s")
         for place in range(faults):
             kind = "kill -9" if place % 2 == 0 else f"{ERROR_RATIO:.0%} errors"
             seconds_off, seconds_back, failed = one_fault(live, traffic, folder, f"chat-{place}", kind, rng)
@@ -187,11 +188,11 @@ def changes(live: LiveFleet, folder: Path) -> None:
     token = 1_000_000
     counts = []
     for is_streamed in (False, True):
-        load = Load(MODEL_NAME, REQUESTS_PER_SECOND, max_in_flight=64, is_streamed=is_streamed)
+        load = replace(LOAD, is_streamed=is_streamed)
         with Traffic(live.url, load) as traffic:
             token += 1
             target.claim(f"changes-{token}", token)
-            target.start_candidates(2, {"max-num-seqs": "8"}, token)
+            target.start_candidates(2, {"max-num-seqs": "64"}, token)
             for one in live.settings.candidates:
                 while not completes(one.url):
                     time.sleep(0.2)

@@ -19,15 +19,13 @@ from resources.dagster_home.graphql import LaunchError, Launchpad
 from resources.demo.live.fleet import (
     DEPLOYMENT,
     FLAGS,
-    MAX_IN_FLIGHT,
-    REQUESTS_PER_SECOND,
+    LOAD,
     LiveDemoError,
     LiveFleet,
     clear_home,
 )
 from resources.demo.live.gateways import GatewayKind
-from resources.demo.live.replica import MODEL_NAME
-from resources.demo.live.traffic import Load, Traffic
+from resources.demo.live.traffic import Traffic
 
 
 def run(
@@ -41,7 +39,6 @@ def run(
     until_verified: bool,
 ) -> None:
     """Run the live fleet under the Dagster UI until told to stop, or until the scripted walk is over."""
-    load = Load(MODEL_NAME, REQUESTS_PER_SECOND, max_in_flight=MAX_IN_FLIGHT)
     try:
         clear_home(paths.home, paths.rollouts_dir)
         with console.status("starting replicas and their gateway …"):
@@ -49,7 +46,7 @@ def run(
             live.__enter__()
         try:
             live.write_fleet(paths.fleet_file)
-            with Traffic(live.url, load) as traffic:
+            with Traffic(live.url, LOAD) as traffic:
 
                 def walk(is_stopped: Callable[[], bool]) -> None:
                     _walk(paths, host, port, traffic, is_stopped, until_verified=until_verified)
@@ -89,7 +86,7 @@ def _banner(live: LiveFleet, *, is_scripted: bool) -> str:
         "OptiInfra live demo: real HTTP servers, gateway, traffic and rollouts; the ENGINES ARE SIMULATED",
         "(NVIDIA Dynamo's mocker behind its real frontend). No token here was computed by a model.",
         f"  {len(live.settings.stable)} replicas of {DEPLOYMENT} behind {gateway} on {live.url}, each with",
-        f"  {flags}; {REQUESTS_PER_SECOND:g} requests a second, more than their slots carry.",
+        f"  {flags}; {LOAD.requests_per_second:g} requests a second, more than their slots carry.",
     ]
     if not is_scripted:
         bad = {
@@ -97,7 +94,7 @@ def _banner(live: LiveFleet, *, is_scripted: bool) -> str:
             "deployment": DEPLOYMENT,
             "requester": REQUESTER,
             "reason": "against all advice",
-            "current": {**FLAGS, "max-num-seqs": "8"},
+            "current": {**FLAGS, "max-num-seqs": "64"},
             "proposed": TINY_BUDGET,
         }
         lines += [

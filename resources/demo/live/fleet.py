@@ -36,17 +36,18 @@ from resources.dagster_home.supervisor import Child, Supervisor
 from resources.demo.live.gateways import GatewayKind, find_haproxy, gateway_command
 from resources.demo.live.model import write_model
 from resources.demo.live.replica import MODEL_NAME, metrics_port
+from resources.demo.live.traffic import Load
 from resources.rollouts.local_launcher import LocalLauncher
 
 DEPLOYMENT = "chat"
 STABLE, CANDIDATES = 2, 2
-# What a replica runs with until a rollout changes it: four slots are too few for the load, everything else is ample.
-FLAGS: Mapping[str, str] = {"max-num-seqs": "4", "max-num-batched-tokens": "1024", "num-gpu-blocks-override": "512"}
-# The mocker's pace against a real GPU's, chosen so that two cores carry Dagster and the load that needs 8 slots.
-SPEEDUP_RATIO = 0.4
-# 4 slots answer about 4.6 requests a second and replica, 8 slots 7.8: this overloads the former and suits the latter.
-REQUESTS_PER_SECOND = 10.5
-MAX_IN_FLIGHT = 24
+# What a replica runs with until a rollout changes it: 32 slots are too few for the load, everything else is ample.
+FLAGS: Mapping[str, str] = {"max-num-seqs": "32", "max-num-batched-tokens": "1024", "num-gpu-blocks-override": "4096"}
+# The mocker's pace against a real GPU's, for prompts and answers, chosen so that two cores carry Dagster beside a load
+# that needs more than 32 slots: about 50 ms a token, 8 s a request.
+SPEEDUP_RATIO, DECODE_SPEEDUP_RATIO = 0.5, 0.35
+# 32 slots answer about 4 requests a second and replica, 64 slots 6.5: this overloads the former and suits the latter.
+LOAD = Load(MODEL_NAME, requests_per_second=9.5, max_in_flight=140, prompt_bytes=(40, 160), output_tokens=(100, 200))
 READY_SECONDS = 90.0
 # Written into the demo's folder; only a folder that has it is emptied at the next start.
 MARKER = ".optiinfra-live-demo"
@@ -186,7 +187,8 @@ class LiveFleet:
         # A socket's path may hold 107 bytes: a home deep in the tree would not fit.
         socket_file = Path(tempfile.mkdtemp(prefix="optiinfra-")) / "gateway.sock"
         base = [f"--{flag}={value}" for flag, value in self._flags.items()]
-        fixed = ["--block-size=32", f"--speedup-ratio={SPEEDUP_RATIO}", *base]
+        pace = [f"--speedup-ratio={SPEEDUP_RATIO}", f"--decode-speedup-ratio={DECODE_SPEEDUP_RATIO}"]
+        fixed = ["--block-size=32", *pace, *base]
         return HaproxySettings(
             socket=str(socket_file),
             backend=DEPLOYMENT,
@@ -199,7 +201,7 @@ class LiveFleet:
                 *("--model", str(self.folder / "model"), "--folder", str(self.folder / "replicas")),
                 *(*fixed, "{flags}"),
             ),
-            drain_seconds=20.0,
+            drain_seconds=60.0,
         )
 
     def _wait_until_ready(self, server: HaproxyServer) -> None:

@@ -2,8 +2,9 @@
 
     python -m resources.demo.live.replica --port 9000 --model <folder> --folder <scratch> [flags of the mocker …]
 
-The API listens on the port, the engine's metrics page on the port after it or on --metrics, all on 127.0.0.1. The two processes live
-and die together, as a server and its engine do: when one ends, or this process is killed, so does the other.
+The API listens on the port, the engine's metrics page on the port after it or on --metrics, all on 127.0.0.1. The two
+processes live and die together, as a server and its engine do: when one ends, or this process is killed, so does the
+other.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import random
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -35,8 +36,8 @@ class Load:
     max_in_flight: int = 32
     max_requests: int = 100_000
     max_seconds: float = 4 * 3600.0
-    prompt_bytes: tuple[int, int] = (40, 160)
-    output_tokens: tuple[int, int] = (24, 72)
+    prompt_bytes: tuple[int, int] = (100, 400)
+    output_tokens: tuple[int, int] = (16, 64)
     is_streamed: bool = False
 
 
@@ -102,7 +103,9 @@ class Traffic:
                     with self._lock:
                         self._counts.held_back += 1
                     continue
-                task = asyncio.create_task(self._ask(client))
+                with self._lock:
+                    self._counts.sent += 1
+                task = asyncio.create_task(self._ask(client, self._body(self._counts.sent)))
                 in_flight.add(task)
                 task.add_done_callback(in_flight.discard)
             await asyncio.gather(*in_flight)
@@ -118,13 +121,10 @@ class Traffic:
         body["max_tokens"] = random_.randint(*load.output_tokens)
         return {**body, "stream": True} if load.is_streamed else body
 
-    async def _ask(self, client: httpx.AsyncClient) -> None:
-        with self._lock:
-            self._counts.sent += 1
-            number = self._counts.sent
+    async def _ask(self, client: httpx.AsyncClient, body: Mapping[str, object]) -> None:
         began, reason = time.monotonic(), None
         try:
-            async with client.stream("POST", self._url, json=self._body(number)) as reply:
+            async with client.stream("POST", self._url, json=body) as reply:
                 last = b""
                 async for chunk in reply.aiter_raw():
                     last = chunk or last
