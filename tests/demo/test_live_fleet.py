@@ -32,11 +32,11 @@ class Slow:
                 self.rfile.read(int(self.headers["Content-Length"]))
                 with lock:
                     outer.now, outer.requests = outer.now + 1, outer.requests + 1
-                    outer.most = max(outer.most, outer.now)
+                    outer.most, number = max(outer.most, outer.now), outer.requests
                 time.sleep(seconds)
                 with lock:
                     outer.now -= 1
-                self.send_response(500 if outer.requests % 2 else 200)
+                self.send_response(500 if number % 2 else 200)
                 self.send_header("Content-Length", "2")
                 self.end_headers()
                 self.wfile.write(b"{}")
