@@ -71,6 +71,7 @@ def main() -> None:
 
 def measure(folder: Path, faults: int, gateway: GatewayKind | None) -> None:
     rng = random.Random(1)
+    (folder / "errors").mkdir()
     live = LiveFleet(
         folder / "live",
         folder / "rollouts",
@@ -106,7 +107,8 @@ def one_fault(
 ) -> tuple[float, float, int]:
     """One rollout with one fault: seconds to weight 0, seconds to ROLLED_BACK, requests lost."""
     errors = folder / "errors"
-    errors.unlink(missing_ok=True)
+    for told in errors.glob("*"):
+        told.unlink()
     fleet = Fleet(deployments=(Deployment(name=DEPLOYMENT, model=MODEL_NAME),))
     rollouts = Rollouts(fleet, live.policy, folder / "rollouts", environ={})
     proposal = Proposal(
@@ -151,7 +153,8 @@ def one_fault(
 def strike(live: LiveFleet, kind: str, errors: Path) -> None:
     """The fault: the engine of the first candidate is killed, or candidates begin to fail."""
     if kind != "kill -9":
-        errors.write_text(str(ERROR_RATIO))
+        for one in live.settings.candidates:
+            (errors / one.url.rsplit(":", 1)[1]).write_text(str(ERROR_RATIO))
         return
     port = str(metrics_port(int(live.settings.candidates[0].url.rsplit(":", 1)[1])))
     for process in psutil.process_iter(["cmdline"]):
@@ -233,10 +236,11 @@ class FaultyProxy(Proxy):
 
 
 def serve(given: list[str]) -> int:
-    """A replica behind a FaultyProxy: `--serve <errors file> --port P …` of `resources.demo.live.replica`."""
-    errors, rest = Path(given[0]), given[1:]
+    """A replica behind a FaultyProxy: `--serve <folder> --port P …`; the folder's file P says how many fail."""
+    folder, rest = Path(given[0]), given[1:]
     place = rest.index("--port") + 1
     port = int(rest[place])
+    errors = folder / str(port)
     # The engine's metrics page stays where it was: only the API is passed on.
     with socket.create_server(("127.0.0.1", 0)) as free:
         inner = int(free.getsockname()[1])

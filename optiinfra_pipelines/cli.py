@@ -75,11 +75,11 @@ def demo(
     gateway: Literal["haproxy", "builtin"] | None,
 ) -> None:
     """Replay recordings of real engines beside this host's live metrics, or run a live fleet."""
+    if live and once:
+        raise click.UsageError("--once is for the recordings; the live demo without a browser is --live --script")
     if live:
         from optiinfra_pipelines.commands import live_demo
 
-        if once:
-            raise click.UsageError("--once is for the recordings; the live demo without a browser is --live --script")
         paths, environ = live_demo.settings_of_live_demo(*settings)
         live_demo.run(paths, host, port, environ, gateway=gateway, is_scripted=script, until_verified=until_verified)
         return

@@ -1,14 +1,15 @@
 """The live demo's parts that need no engine: its traffic's bounds, configurations, its folder, its command line."""
 
 import json
-import subprocess
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from optiinfra_pipelines.cli import main
 from optiinfra_pipelines.commands import live_demo
 from optiinfra_pipelines.settings import find_paths, load_fleet
 from resources.demo.live.fleet import FLAGS, MARKER, LiveDemoError, LiveFleet, clear_home
@@ -16,7 +17,6 @@ from resources.demo.live.gateways import builtin_config, haproxy_config
 from resources.demo.live.model import write_model
 from resources.demo.live.replica import commands, environment, metrics_port
 from resources.demo.live.traffic import Load, Traffic
-from tests.conftest import OPTIINFRA
 
 
 class Slow:
@@ -147,7 +147,7 @@ def test_its_state_is_apart_from_the_fleets_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [["--script"], ["--gateway", "builtin"], ["--live", "--once"]])
 def test_options_that_do_not_go_together_are_refused(wrong: list[str], tmp_path: Path) -> None:
-    done = subprocess.run([OPTIINFRA, "--home", str(tmp_path), "demo", *wrong], capture_output=True, text=True)
+    done = CliRunner().invoke(main, ["--home", str(tmp_path), "demo", *wrong])
 
-    assert done.returncode == 2
-    assert "--live" in done.stderr
+    assert done.exit_code == 2
+    assert "--live" in done.output
