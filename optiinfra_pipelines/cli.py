@@ -59,7 +59,6 @@ def up(settings: tuple[Paths, dict[str, str]], host: str, port: int) -> None:
 @click.option(
     "--script", is_flag=True, help="With --live: play a good and a bad rollout, tell how they went, and exit."
 )
-@click.option("--until-verified", is_flag=True, help="With --script: wait until the good one's effect is measured.")
 @click.option(
     "--gateway", type=click.Choice(["haproxy", "builtin"]), help="With --live. Default: HAProxy if installed."
 )
@@ -71,7 +70,6 @@ def demo(
     once: bool,
     live: bool,
     script: bool,
-    until_verified: bool,
     gateway: Literal["haproxy", "builtin"] | None,
 ) -> None:
     """Replay recordings of real engines beside this host's live metrics, or run a live fleet."""
@@ -81,10 +79,10 @@ def demo(
         from optiinfra_pipelines.commands import live_demo
 
         paths, environ = live_demo.settings_of_live_demo(*settings)
-        live_demo.run(paths, host, port, environ, gateway=gateway, is_scripted=script, until_verified=until_verified)
+        live_demo.run(paths, host, port, environ, gateway=gateway, is_scripted=script)
         return
-    if script or until_verified or gateway:
-        raise click.UsageError("--script, --until-verified and --gateway belong to --live")
+    if script or gateway:
+        raise click.UsageError("--script and --gateway belong to --live")
     from optiinfra_pipelines.commands import demo as command
 
     paths, environ = command.settings_of_demo(*settings)

@@ -36,7 +36,6 @@ def run(
     *,
     gateway: GatewayKind | None,
     is_scripted: bool,
-    until_verified: bool,
 ) -> None:
     """Run the live fleet under the Dagster UI until told to stop, or until the scripted walk is over."""
     try:
@@ -49,7 +48,7 @@ def run(
             with Traffic(live.url, LOAD) as traffic:
 
                 def walk(is_stopped: Callable[[], bool]) -> None:
-                    _walk(paths, host, port, traffic, is_stopped, until_verified=until_verified)
+                    _walk(paths, host, port, traffic, is_stopped)
 
                 beside = walk if is_scripted else None
                 up.run(paths, host, port, environ, banner=_banner(live, is_scripted=is_scripted), beside=beside)
@@ -65,12 +64,10 @@ def _walk(
     port: int,
     traffic: Traffic,
     is_stopped: Callable[[], bool],
-    *,
-    until_verified: bool,
 ) -> None:
     launchpad = Launchpad(f"http://{host}:{port}")
     try:
-        Walk(paths, launchpad, traffic, say=console.print, is_stopped=is_stopped).run(until_verified=until_verified)
+        Walk(paths, launchpad, traffic, say=console.print, is_stopped=is_stopped).run()
     except StoppedError:
         return
     except (WalkError, LaunchError) as error:
