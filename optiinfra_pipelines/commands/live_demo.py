@@ -7,15 +7,17 @@ With `--script` it plays the whole walk (`live_walk`) and exits; without, a pers
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 
 import click
 import yaml
 
 from optiinfra_pipelines.commands import up
 from optiinfra_pipelines.commands.console import console
-from optiinfra_pipelines.commands.live_walk import APPROVER, PLAN, REQUESTER, TINY_BUDGET, StoppedError, Walk, WalkError
+from optiinfra_pipelines.commands.live_walk import APPROVER, PLAN, REQUESTER, TINY_BUDGET, Walk, WalkError
 from optiinfra_pipelines.settings import Paths, find_paths
 from resources.dagster_home.graphql import LaunchError, Launchpad
+from resources.dagster_home.supervisor import ChildFailedError
 from resources.demo.live.fleet import (
     DEPLOYMENT,
     FLAGS,
@@ -40,44 +42,36 @@ def run(
     """Run the live fleet under the Dagster UI until told to stop, or until the scripted walk is over."""
     try:
         clear_home(paths.home, paths.rollouts_dir)
-        with console.status("starting replicas and their gateway …"):
-            live = LiveFleet(paths.home / "live", paths.rollouts_dir, gateway=gateway, on_event=console.print)
-            live.__enter__()
-        try:
+        with ExitStack() as stack:
+            with console.status("starting replicas and their gateway …"):
+                live = LiveFleet(paths.home / "live", paths.rollouts_dir, gateway=gateway, on_event=console.print)
+                stack.enter_context(live)
             live.write_fleet(paths.fleet_file)
-            with Traffic(live.url, LOAD) as traffic:
+            traffic = stack.enter_context(Traffic(live.url, LOAD))
 
-                def walk(is_stopped: Callable[[], bool]) -> None:
-                    _walk(paths, host, port, traffic, is_stopped)
+            def walk(is_stopped: Callable[[], bool]) -> None:
+                _walk(paths, host, port, traffic, is_stopped)
 
-                beside = walk if is_scripted else None
-                up.run(paths, host, port, environ, banner=_banner(live, is_scripted=is_scripted), beside=beside)
-        finally:
-            live.__exit__()
-    except LiveDemoError as error:
+            banner = _banner(live, is_scripted=is_scripted)
+            up.run(paths, host, port, environ, banner=banner, beside=walk if is_scripted else None)
+    except (LiveDemoError, ChildFailedError) as error:
         raise click.ClickException(str(error)) from error
 
 
-def _walk(
-    paths: Paths,
-    host: str,
-    port: int,
-    traffic: Traffic,
-    is_stopped: Callable[[], bool],
-) -> None:
+def _walk(paths: Paths, host: str, port: int, traffic: Traffic, is_stopped: Callable[[], bool]) -> None:
     launchpad = Launchpad(f"http://{host}:{port}")
     try:
         Walk(paths, launchpad, traffic, say=console.print, is_stopped=is_stopped).run()
-    except StoppedError:
-        return
     except (WalkError, LaunchError) as error:
+        if is_stopped():
+            return
         raise click.ClickException(f"the walk failed: {error}") from error
     console.print("the walk is over: the good change is in force, the bad one was taken back")
 
 
 def _banner(live: LiveFleet, *, is_scripted: bool) -> str:
     """What runs, what of it is simulated, and what to do next."""
-    gateway = "HAProxy" if live.gateway == "haproxy" else "the built-in gateway (HAProxy is not installed)"
+    gateway = "HAProxy" if live.gateway == "haproxy" else "the built-in gateway"
     flags = " ".join(f"--{flag} {value}" for flag, value in FLAGS.items())
     lines = [
         "OptiInfra live demo: real HTTP servers, gateway, traffic and rollouts; the ENGINES ARE SIMULATED",

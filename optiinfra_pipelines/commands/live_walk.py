@@ -50,10 +50,6 @@ class WalkError(RuntimeError):
     """The walk did not go as it should; the text says where it stands."""
 
 
-class StoppedError(WalkError):
-    """Somebody ended the demo meanwhile."""
-
-
 @dataclass(frozen=True)
 class Advice:
     """The recommendation the walk carries out."""
@@ -201,7 +197,7 @@ class Walk:
 
     def _sleep(self) -> None:
         if self._is_stopped():
-            raise StoppedError("the demo was ended before its walk was over")
+            raise WalkError("the demo was ended before its walk was over")
         time.sleep(LOOK_SECONDS)
 
     def _say(self, text: str) -> None:
