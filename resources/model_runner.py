@@ -6,7 +6,7 @@ Here: windows, late rows, the figures of a refresh. Not here: what a model is an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,10 +16,14 @@ import polars as pl
 
 from optiinfra_pipelines.sql.data_tests import run_tests
 from optiinfra_pipelines.sql.models import Materialization, Model, Models, TestResult, Window
-from optiinfra_pipelines.sql.refresh import OVERLAP, next_window, refresh, rewind
+from optiinfra_pipelines.sql.refresh import OVERLAP, Storage, next_window, own_table, refresh, rewind
 from resources.warehouse import Warehouse
+from resources.warehouse.catalog import Layer, TimedTable, Unit, has_moved, refresh_view, register
 
 NEWEST_ROWS = 3
+# Closed days of these layers go to Parquet, as raw hours do: a fleet of hundreds of replicas makes a gigabyte of
+# minutes a day, and the read copy is the live file. Hours are few.
+_MOVES: Mapping[Layer, Unit | None] = {"minute": "day", "five_minute": "day", "hour": None}
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ class ModelRunner:
         self.models = models
         self._warehouse = warehouse
         self._clock = clock
-        self._under_retention: set[str] = set()
+        # Models under retention, and whether their closed days move to Parquet.
+        self._moves: dict[str, bool] = {}
 
     def redo_late_rows(self) -> datetime | None:
         """Batches that had to wait may land after their minutes were made: have those minutes redone.
@@ -55,35 +60,59 @@ class ModelRunner:
     def refresh(self, model: Model, *, with_newest: bool = False) -> Refreshed:
         """Bring one model up to now, and read back a few of its newest rows. Collection gets its turn in between."""
         now = self._clock()
-        self._put_under_retention(model)
         with self._warehouse.connect() as connection:
+            self._put_under_retention(connection, model)
             window = next_window(connection, model, now) or Window(start=now, end=now)
-            result = refresh(connection, model, window)
-            return Refreshed(
-                result.rows,
-                _row_count(connection, model) if model.is_stored else None,
-                result.seconds,
-                _newest(connection, model) if with_newest else None,
-            )
-
-    def _put_under_retention(self, model: Model) -> None:
-        """Tell the warehouse how long a stored model's rows live, once per process, when its table is there."""
-        if model.time is None or model.retention is None or model.name in self._under_retention:
-            return
+            if not self._has_moved(connection, model, window):
+                return self._refreshed(connection, model, window, with_newest=with_newest)
+        self._bring_back(model, window)
         with self._warehouse.connect() as connection:
-            is_built = bool(
-                connection.execute("select 1 from duckdb_tables() where table_name = ?", [model.name]).fetchall()
-            )
-        if is_built:
-            self._warehouse.register(
-                model.name, time_column=model.time, layer=model.retention, grain=model.grain, cold=None
-            )
-            self._under_retention.add(model.name)
+            return self._refreshed(connection, model, window, with_newest=with_newest)
 
     def rebuild(self, model: Model, window: Window) -> int:
         """Make a past window of an incremental model anew; returns the rows written."""
         with self._warehouse.connect() as connection:
-            return refresh(connection, model, window).rows
+            self._put_under_retention(connection, model)
+        self._bring_back(model, window)
+        with self._warehouse.connect() as connection:
+            return refresh(connection, model, window, self._storage(connection, model)).rows
+
+    def _refreshed(
+        self, connection: duckdb.DuckDBPyConnection, model: Model, window: Window, *, with_newest: bool
+    ) -> Refreshed:
+        result = refresh(connection, model, window, self._storage(connection, model))
+        return Refreshed(
+            result.rows,
+            _row_count(connection, model) if model.is_stored else None,
+            result.seconds,
+            _newest(connection, model) if with_newest else None,
+        )
+
+    def _put_under_retention(self, connection: duckdb.DuckDBPyConnection, model: Model) -> None:
+        """Tell the warehouse how long a stored model's rows live, once per process, when its table is there."""
+        if model.time is None or model.retention is None or model.name in self._moves:
+            return
+        is_built = connection.execute("select 1 from duckdb_tables() where table_name = ?", [model.name]).fetchall()
+        if is_built:
+            unit = _MOVES[model.retention]
+            register(
+                connection, self._warehouse.root, TimedTable(model.name, model.time, model.grain, model.retention, unit)
+            )
+            self._moves[model.name] = unit is not None
+
+    def _storage(self, connection: duckdb.DuckDBPyConnection, model: Model) -> Storage:
+        if not self._moves.get(model.name, False):
+            return own_table(model)
+        return Storage(f'hot."{model.name}"', lambda: refresh_view(connection, self._warehouse.root, model.name))
+
+    def _has_moved(self, connection: duckdb.DuckDBPyConnection, model: Model, window: Window) -> bool:
+        whole = window.rounded_out(model.step_seconds)
+        return self._moves.get(model.name, False) and has_moved(connection, model.name, whole.start, whole.end)
+
+    def _bring_back(self, model: Model, window: Window) -> None:
+        """Rows that lie in Parquet cannot be rewritten there. A routine refresh finds none of its window moved."""
+        whole = window.rounded_out(model.step_seconds)
+        self._warehouse.recall(model.name, whole.start, whole.end)
 
     def test(self, model: Model) -> list[TestResult]:
         """Every data test of a model on the rows of now."""

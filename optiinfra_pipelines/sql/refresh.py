@@ -16,7 +16,8 @@ that land later than that are announced with `rewind`. The first window begins w
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 import duckdb
@@ -52,15 +53,39 @@ LONGEST_CADENCE = timedelta(days=1)
 _MACROS = "(macros)"
 
 
-def refresh(con: duckdb.DuckDBPyConnection, model: Model, window: Window) -> RefreshResult:
+def _nothing() -> None:
+    """A table read by its own name shows its new columns by itself."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where the rows of a model are written, if that is not the relation readers read by the model's name.
+
+    relation: as SQL. renew_view: to be called when the relation's columns have changed, before the model is read.
+    """
+
+    relation: str
+    renew_view: Callable[[], None] = _nothing
+
+
+def own_table(model: Model) -> Storage:
+    """A table of the model's name."""
+    return Storage(f'"{model.name}"')
+
+
+def refresh(
+    con: duckdb.DuckDBPyConnection, model: Model, window: Window, storage: Storage | None = None
+) -> RefreshResult:
     """Make a model right for [window.start, window.end); everything outside stays as it is.
 
     The window is rounded out to whole rows and cut to what the relations it reads still hold: rows that cannot be
     made again are not deleted. Each chunk is one transaction. A view or a table knows no window.
     ModelError where the stored table has a column of another type than the model returns.
+    storage: of an incremental model; left out, a table of its name.
     """
     started = time.perf_counter()
-    high_water = prepare(con, model)
+    written_to = storage or own_table(model)
+    high_water = prepare(con, model, written_to)
     done: Window | None = None
     rows = 0
     if model.materialization is Materialization.TABLE:
@@ -69,7 +94,7 @@ def refresh(con: duckdb.DuckDBPyConnection, model: Model, window: Window) -> Ref
     elif model.materialization is Materialization.INCREMENTAL:
         done = _readable(con, model, window, high_water)
         for chunk in _chunks(con, model, done) if done else ():
-            rows += _replace(con, model, chunk, min(chunk.end, window.end))
+            rows += _replace(con, model, written_to.relation, chunk, min(chunk.end, window.end))
     return RefreshResult(model=model.name, rows=rows, seconds=time.perf_counter() - started, window=done)
 
 
@@ -106,7 +131,7 @@ def rewind(con: duckdb.DuckDBPyConnection, earliest: datetime) -> None:
     )
 
 
-def prepare(con: duckdb.DuckDBPyConnection, model: Model) -> datetime | None:
+def prepare(con: duckdb.DuckDBPyConnection, model: Model, storage: Storage | None = None) -> datetime | None:
     """See that macros, state and the model's own view or table are there; how far an incremental model has come."""
     state = _state(con)
     if state.get(_MACROS, ("",))[0] != macros_fingerprint():
@@ -117,35 +142,38 @@ def prepare(con: duckdb.DuckDBPyConnection, model: Model) -> datetime | None:
         if model.materialization is Materialization.VIEW:
             con.execute(f'create or replace view "{model.name}" as {model.sql}')
         elif model.materialization is Materialization.INCREMENTAL:
-            con.execute(create_table_sql(model.name, model.columns))
-            _evolve(con, model)
+            if storage is None or storage == own_table(model):
+                con.execute(create_table_sql(model.name, model.columns))
+            _evolve(con, model, storage or own_table(model))
         _remember(con, model.name, model.fingerprint, high_water)
     return high_water
 
 
-def _evolve(con: duckdb.DuckDBPyConnection, model: Model) -> None:
+def _evolve(con: duckdb.DuckDBPyConnection, model: Model, storage: Storage) -> None:
     """Add the columns a model has gained since its table was made, NULL in rows of before; drop those it has lost."""
-    stored = {row[0]: str(row[1]) for row in con.execute(f'describe "{model.name}"').fetchall()}
+    table = storage.relation
+    stored = {row[0]: str(row[1]) for row in con.execute(f"describe {table}").fetchall()}
     for column in model.columns:
         if column.name not in stored:
-            con.execute(f'alter table "{model.name}" add column "{column.name}" {column.sql_type}')
+            con.execute(f'alter table {table} add column "{column.name}" {column.sql_type}')
         elif stored[column.name] != column.sql_type:
             raise ModelError(
                 f"{model.path} returns {column.name} as {column.sql_type}, but the stored table has "
                 f"{stored[column.name]}; cast it back, or drop the table {model.name} to have it made anew"
             )
     for gone in stored.keys() - {column.name for column in model.columns}:
-        con.execute(f'alter table "{model.name}" drop column "{gone}"')
+        con.execute(f'alter table {table} drop column "{gone}"')
+    storage.renew_view()
 
 
-def _replace(con: duckdb.DuckDBPyConnection, model: Model, window: Window, until: datetime) -> int:
+def _replace(con: duckdb.DuckDBPyConnection, model: Model, table: str, window: Window, until: datetime) -> int:
     """Delete a window of a model and write it again, with the mark of how far it has come, in one transaction."""
     inside = f"\"{model.time}\" >= getvariable('window_start') and \"{model.time}\" < getvariable('window_end')"
     con.execute("begin transaction")
     try:
         _set_window(con, window)
-        con.execute(f'delete from "{model.name}" where {inside}')
-        written = _count(con, f'insert into "{model.name}" by name select * from ({model.sql}) where {inside}')
+        con.execute(f"delete from {table} where {inside}")
+        written = _count(con, f"insert into {table} by name select * from ({model.sql}) where {inside}")
         con.execute(
             "update model_state set high_water_at = greatest(coalesce(high_water_at, ?), ?) where model = ?",
             [until, until, model.name],

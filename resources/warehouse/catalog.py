@@ -44,7 +44,7 @@ create table if not exists store.cold_files (
     retired_at timestamptz, missing_at timestamptz);
 """
 # Changes when the books or the views get another shape, so that an old file is brought up to date once.
-_BOOKS_VERSION = 1
+_BOOKS_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -165,9 +165,20 @@ def refresh_view(connection: duckdb.DuckDBPyConnection, root: Path, table: str) 
     for (paths,) in groups:
         files = ", ".join(quoted(str(root / path)) for path in paths)
         parts.append(f"select * from read_parquet([{files}], hive_partitioning = false)")
-    connection.execute(
-        f"create or replace view main.{identifier(table)} as " + " union all by name ".join(parts)
-    )  # fmt: skip
+    together = " union all by name ".join(parts)
+    # A column that a model has lost since is in older files only.
+    columns = ", ".join(map(identifier, column_types(connection, "hot", table)))
+    connection.execute(f"create or replace view main.{identifier(table)} as select {columns} from ({together})")
+
+
+def has_moved(connection: duckdb.DuckDBPyConnection, table: str, start_at: datetime, end_at: datetime) -> bool:
+    """Do rows of a window of this table lie in listed files?"""
+    rows = connection.execute(
+        "select 1 from store.cold_files where table_name = ? and retired_at is null and missing_at is null "
+        "and start_at < ? and end_at > ? limit 1",
+        [table, end_at, start_at],
+    ).fetchall()
+    return bool(rows)
 
 
 def timed_tables(connection: duckdb.DuckDBPyConnection) -> list[TimedTable]:
@@ -194,10 +205,8 @@ def register(connection: duckdb.DuckDBPyConnection, root: Path, table: TimedTabl
     known = {other.name: other for other in registered(connection)}.get(table.name)
     if known == table:
         return
-    if known is not None and (known.unit is None) != (table.unit is None):
-        raise WarehouseError(
-            f"{table.name} is registered with unit {known.unit}; forget() it before it gets {table.unit}"
-        )
+    if known is not None and known.unit is not None and table.unit is None:
+        raise WarehouseError(f"{table.name} moves by {known.unit}; forget() it before it stays in the file")
     source = "main" if known is None or known.unit is None else "hot"
     columns = column_types(connection, source, table.name)
     missing = [name for name in (table.time_column, *table.grain) if name not in columns]

@@ -98,11 +98,14 @@ class Cold:
                 "and missing_at is null and start_at < ? and end_at > ?",
                 [table, end_at, start_at],
             ).fetchall()
+            # A column that the table has lost since stays in the file.
+            columns = list(column_types(connection, "hot", table))
             for path, _ in files:
                 source = quoted(str(self.layout.root / path))
                 connection.execute(
                     f"insert into hot.{identifier(table)} by name "
-                    f"select * from read_parquet({source}, hive_partitioning = false)"
+                    f"select columns(lambda name: name in {columns}) "
+                    f"from read_parquet({source}, hive_partitioning = false)"
                 )
                 connection.execute("update store.cold_files set retired_at = ? where path = ?", [now, path])
             if files:

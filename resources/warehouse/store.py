@@ -215,9 +215,13 @@ class Warehouse:
     def recall(self, table: str, start_at: datetime, end_at: datetime) -> int:
         """Bring moved rows of a window back to where writers write, to rebuild it; returns how many.
 
-        Whole files come back, so rows just outside the window may too; the next move takes them out again.
+        Whole files come back, so rows just outside the window may too; the next move takes them out again. A window
+        that no file overlaps costs one look at the list.
         """
         self._layout.prepare()
+        with self.connect() as connection:
+            if not catalog.has_moved(connection, table, start_at, end_at):
+                return 0
         with _full_disk_named(self.root), self._layout.maintenance(CONNECT_DEADLINE_SECONDS):
             with self.connect():
                 pass
