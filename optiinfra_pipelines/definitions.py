@@ -144,7 +144,7 @@ def assemble(
                 cadence.collect_seconds,
             ),
             automation_sensor(),
-            *rollout_sensors(rollouts),
+            *rollout_sensors(rollouts, AlertOutlet(fleet.alerts.webhook)),
         ],
         # One process per run: a process per step costs four times the CPU and every one of them opens the warehouse.
         executor=dg.in_process_executor,

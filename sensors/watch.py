@@ -7,7 +7,8 @@ alerts are open, and which deliveries failed, is kept in the sensor's cursor: a 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import dagster as dg
 
@@ -21,6 +22,60 @@ ALERTS = "alerts"
 MAX_UNDELIVERED = 50
 
 
+@dataclass(frozen=True)
+class Known:
+    """What a sensor's cursor keeps: alerts that are open, by key, and those whose delivery is to be tried again."""
+
+    open: Mapping[str, Alert]
+    undelivered: Sequence[Alert]
+
+    @property
+    def cursor(self) -> str:
+        return json.dumps(
+            {
+                "open": [alert.model_dump(mode="json") for alert in self.open.values()],
+                "undelivered": [alert.model_dump(mode="json") for alert in self.undelivered[-MAX_UNDELIVERED:]],
+            }
+        )
+
+    @property
+    def said(self) -> str:
+        """All of it in one line."""
+        return f"{len(self.open)} open" + "".join(f"; {headline(alert)}" for alert in self.open.values())
+
+
+@dataclass(frozen=True)
+class Told:
+    """One round of telling. is_news: there is something to report or to keep."""
+
+    known: Known
+    events: list[dg.AssetObservation]
+    is_news: bool
+
+
+def read_known(cursor: str | None) -> Known:
+    """What the last round kept."""
+    kept = json.loads(cursor) if cursor else {"open": [], "undelivered": []}
+    return Known(
+        {alert.key: alert for alert in map(Alert.model_validate, kept["open"])},
+        [Alert.model_validate(alert) for alert in kept["undelivered"]],
+    )
+
+
+def tell(outlet: AlertOutlet, known: Known, fired: Sequence[Alert], resolved: Sequence[Alert]) -> Told:
+    """Log and deliver what began and what is over, and try again what could not be delivered."""
+    undelivered = [alert for alert in known.undelivered if not outlet.post(alert)]
+    for alert in (*fired, *resolved):
+        outlet.log(alert)
+        if not outlet.post(alert):
+            undelivered.append(alert)
+    over = {alert.key for alert in resolved}
+    still_open = {key: alert for key, alert in known.open.items() if key not in over}
+    still_open |= {alert.key: alert for alert in fired}
+    is_news = bool(fired or resolved) or len(undelivered) != len(known.undelivered)
+    return Told(Known(still_open, undelivered), [_observation(alert) for alert in (*fired, *resolved)], is_news)
+
+
 def alerts_asset() -> dg.AssetSpec:
     """The external asset whose observations are the alerts."""
     return dg.AssetSpec(
@@ -30,7 +85,8 @@ def alerts_asset() -> dg.AssetSpec:
         owners=["team:sre"],
         kinds={"alert"},
         description="Hard failures seen by the live watch: a target down, errors, a queue that runs away, requests "
-        "without tokens. One observation when an alert begins and one when it is over.",
+        "without tokens; and a rollout that cannot be made safe. One observation when an alert begins and one when it "
+        "is over.",
     )
 
 
@@ -40,27 +96,13 @@ def watch_sensor(
     """`watch_fleet`, running from the first start."""
 
     def evaluate(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-        known = json.loads(context.cursor) if context.cursor else {"open": [], "undelivered": []}
-        open_alerts = {alert.key: alert for alert in map(Alert.model_validate, known["open"])}
-        fired, resolved = watch(recent.watched(), open_alerts, thresholds)
-        undelivered = [alert for alert in map(Alert.model_validate, known["undelivered"]) if not outlet.post(alert)]
-        for alert in (*fired, *resolved):
-            outlet.log(alert)
-            if not outlet.post(alert):
-                undelivered.append(alert)
-        still_open = {key: alert for key, alert in open_alerts.items() if key not in {done.key for done in resolved}}
-        still_open |= {alert.key: alert for alert in fired}
-        said = f"{len(still_open)} open" + "".join(f"; {headline(alert)}" for alert in still_open.values())
-        if not fired and not resolved and len(undelivered) == len(known["undelivered"]):
-            return dg.SkipReason(said)
-        cursor = {
-            "open": [alert.model_dump(mode="json") for alert in still_open.values()],
-            "undelivered": [alert.model_dump(mode="json") for alert in undelivered[-MAX_UNDELIVERED:]],
-        }
+        known = read_known(context.cursor)
+        fired, resolved = watch(recent.watched(), known.open, thresholds)
+        told = tell(outlet, known, fired, resolved)
+        if not told.is_news:
+            return dg.SkipReason(told.known.said)
         return dg.SensorResult(
-            asset_events=[_observation(alert) for alert in (*fired, *resolved)],
-            cursor=json.dumps(cursor),
-            skip_reason=dg.SkipReason(said),
+            asset_events=told.events, cursor=told.known.cursor, skip_reason=dg.SkipReason(told.known.said)
         )
 
     return dg.SensorDefinition(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import pairwise
 
-from optiinfra_pipelines.domain.alerts import Alert, AlertKind
+from optiinfra_pipelines.domain.alerts import Alert, WatchKind
 from optiinfra_pipelines.domain.base import Source
 
 # Scrapes a rule must hold in a row, and scrapes it must not hold before the alert is over.
@@ -77,7 +77,7 @@ def watch(
     return fired, resolved
 
 
-def _fire(watched: Watched, kind: AlertKind, thresholds: Mapping[str, float]) -> Alert | None:
+def _fire(watched: Watched, kind: WatchKind, thresholds: Mapping[str, float]) -> Alert | None:
     looks = watched.looks
     if len(looks) < LOOKS_TO_FIRE:
         return None
@@ -98,7 +98,7 @@ def _fire(watched: Watched, kind: AlertKind, thresholds: Mapping[str, float]) ->
     )
 
 
-def _is_over(watched: Watched, kind: AlertKind, thresholds: Mapping[str, float]) -> bool:
+def _is_over(watched: Watched, kind: WatchKind, thresholds: Mapping[str, float]) -> bool:
     """Not while it cannot be told: an alert about errors does not end because the target went down."""
     looks = watched.looks
     if len(looks) < LOOKS_TO_RESOLVE:
@@ -109,7 +109,7 @@ def _is_over(watched: Watched, kind: AlertKind, thresholds: Mapping[str, float])
     return not any(_verdict(stretch, kind, thresholds) for stretch in recent)
 
 
-def _verdict(looks: Sequence[Look], kind: AlertKind, thresholds: Mapping[str, float]) -> str | None:
+def _verdict(looks: Sequence[Look], kind: WatchKind, thresholds: Mapping[str, float]) -> str | None:
     """What is wrong at the newest of these looks, in words with numbers; None when nothing is, or it is unknown."""
     now = looks[-1]
     if kind == "TARGET_DOWN":

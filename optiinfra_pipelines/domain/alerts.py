@@ -9,11 +9,16 @@ from pydantic import Field
 
 from optiinfra_pipelines.domain.base import Frozen, Source
 
-AlertKind = Literal["TARGET_DOWN", "ERRORS", "QUEUE_RUNAWAY", "STALLED"]
+# What the live watch sees of a target, and what the watch of rollouts sees of one.
+WatchKind = Literal["TARGET_DOWN", "ERRORS", "QUEUE_RUNAWAY", "STALLED"]
+AlertKind = WatchKind | Literal["ROLLBACK_STUCK", "ROLLOUT_UNSAFE"]
 
 
 class Alert(Frozen):
-    """One alert of one target. `detail` has the numbers and their window; `resolved_at` is None while it lasts."""
+    """One alert of one target, or of one rollout by its id.
+
+    `detail` has the numbers and their window; `resolved_at` is None while it lasts.
+    """
 
     target: str
     deployment: str | None

@@ -7,7 +7,7 @@ is `rollout.machine`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from resources.rollouts.executor import Executor
 
 STORE_FILE = "rollouts.sqlite"
+# Runs that never came to take the lease; more of them are no accident.
+MAX_LOST_LAUNCHES = 2
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,20 @@ class Rollouts:
         from resources.rollouts.assembly import make_executor
 
         return make_executor(self, self.store.get(rollout_id), owner, run_id)
+
+    def launch_key(self, rollout_id: str, runs: Sequence[str], are_over: bool) -> str | None:
+        """The key of the run to launch for an approved rollout; None when none is to be launched.
+
+        runs: those launched for it before. One that ended without a word (a host too busy to start it, a code server
+        that was killed) is replaced twice; one that was refused is for a person, who launches it when the reason is
+        gone.
+        """
+        if not runs:
+            return f"{rollout_id}:execute"
+        if not are_over or len(runs) > MAX_LOST_LAUNCHES:
+            return None
+        is_refused = any(event.kind == "refused" and event.run_id in runs for event in self.store.events(rollout_id))
+        return None if is_refused else f"{rollout_id}:execute:launch-{len(runs)}"
 
     def guard(self, executor: Executor) -> None:
         """Start the process that outlives an executor with a real target. A rehearsal needs none."""

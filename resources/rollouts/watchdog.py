@@ -31,11 +31,14 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Watched:
-    """What one look did with one rollout. run_key: set when a new executor is to be launched."""
+    """What one look did with one rollout. run_key: set when a new executor is to be launched; fault: why it could not
+    be made safe.
+    """
 
     rollout_id: str
     did: str
     run_key: str | None = None
+    fault: str | None = None
 
 
 class Watchdog:
@@ -55,7 +58,7 @@ class Watchdog:
                 done = self._watch(row)
             except (RolloutError, TargetError) as error:
                 _log.error("rollout_not_safe", rollout_id=row.rollout_id, cause=str(error))
-                done = Watched(row.rollout_id, f"could not be helped: {error}")
+                done = Watched(row.rollout_id, f"could not be helped: {error}", fault=str(error))
             if done is not None:
                 found.append(done)
         # Last: an orchestrator that does not answer costs seconds, which safety must not wait for.

@@ -13,6 +13,7 @@ from optiinfra_pipelines.defs.rollouts import rollout_assets, rollout_jobs
 from optiinfra_pipelines.domain.fleet import Fleet
 from optiinfra_pipelines.domain.rollout_policy import DeploymentRollouts, DryRunSettings, RolloutPolicy
 from optiinfra_pipelines.domain.rollouts import Rollout, RolloutState
+from resources.alert_outlet import AlertOutlet
 from resources.rollouts.desk import Pace, Rollouts
 from sensors.rollouts import rollout_sensors
 
@@ -28,7 +29,9 @@ class Desk:
         self.rollouts = Rollouts(Fleet(), policy, root, environ={})
         self.instance = dg.DagsterInstance.ephemeral()
         self.definitions = dg.Definitions(
-            assets=rollout_assets(), jobs=rollout_jobs(self.rollouts), sensors=rollout_sensors(self.rollouts)
+            assets=rollout_assets(),
+            jobs=rollout_jobs(self.rollouts),
+            sensors=rollout_sensors(self.rollouts, AlertOutlet(None)),
         )
 
     def run(self, job: str, op: str, **config: Any) -> dg.ExecuteInProcessResult:
@@ -206,6 +209,9 @@ def test_the_dispatch_sensor_asks_for_one_run_per_approved_rollout(desk: Desk) -
         [request] = dispatch.evaluate_tick(context).run_requests or []
 
     assert request.run_key == f"{row.rollout_id}:execute"
+    assert desk.rollouts.launch_key(row.rollout_id, ["a"], are_over=False) is None
+    assert desk.rollouts.launch_key(row.rollout_id, ["a"], are_over=True) == f"{row.rollout_id}:execute:launch-1"
+    assert desk.rollouts.launch_key(row.rollout_id, ["a", "b", "c"], are_over=True) is None
     assert request.run_config["ops"]["take_rollout"]["config"] == {"rollout_id": row.rollout_id}
 
 
