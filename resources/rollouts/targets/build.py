@@ -1,4 +1,7 @@
-"""The target with real replicas that a deployment's settings describe, for executors and dead-man processes alike."""
+"""The target with real replicas that a deployment's settings describe, for executors and dead-man processes alike.
+
+A target's module is imported when it is made: a dead-man process of HAProxy must be up before httpx and polars are.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,6 @@ from resources.rollouts.local_launcher import Launcher, LocalLauncher
 from resources.rollouts.systemd_launcher import SystemdLauncher
 from resources.rollouts.targets.base import Replica, ServedTarget, TargetError
 from resources.rollouts.targets.haproxy import HaproxyTarget
-from resources.rollouts.targets.kubernetes.api import KubeApi
-from resources.rollouts.targets.kubernetes.target import KubernetesTarget
-from resources.rollouts.targets.orchestrator.client import OrchestratorClient
-from resources.rollouts.targets.orchestrator.target import OrchestratorTarget
 
 # Requests in flight at some replicas by their own pages; None: they do not tell.
 InFlight = Callable[[Sequence[Replica]], int | None]
@@ -33,8 +32,14 @@ def served_target(
         folder = Path(root) / "haproxy" / settings.deployment
         return HaproxyTarget(settings.haproxy, folder, _launcher(settings.haproxy, folder / "replicas"))
     if kind == "kubernetes" and settings.kubernetes is not None:
+        from resources.rollouts.targets.kubernetes.api import KubeApi
+        from resources.rollouts.targets.kubernetes.target import KubernetesTarget
+
         return KubernetesTarget(settings.kubernetes, KubeApi(settings.kubernetes), in_flight)
     if kind == "orchestrator" and settings.orchestrator is not None:
+        from resources.rollouts.targets.orchestrator.client import OrchestratorClient
+        from resources.rollouts.targets.orchestrator.target import OrchestratorTarget
+
         name = settings.orchestrator.deployment or settings.deployment
         return OrchestratorTarget(settings.orchestrator, name, OrchestratorClient(settings.orchestrator, environ))
     raise TargetError(f"deployment {settings.deployment} has no {kind} settings; describe it there, or use dry_run")
