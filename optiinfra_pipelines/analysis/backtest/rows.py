@@ -91,7 +91,8 @@ def backtest_rows(
 ) -> pl.DataFrame:
     """Rows of scaling_backtest for one deployment; one abstaining row where there is nothing to replay.
 
-    minutes: its rows of int_load_minutes, the window to replay.
+    minutes: its rows of int_load_minutes, the window to replay. Every policy takes over the replicas that stood there
+    when the judged part began; where none were seen, a fixed fleet's.
     """
     base: dict[str, Any] = {
         "judged_at": judged_at,
@@ -119,6 +120,8 @@ def backtest_rows(
         "max_replicas": question.max_replicas or 2 * static,
         "work_per_request": _tokens_per_request(minutes),
     }
+    standing = minutes.filter(pl.col("minute_at") >= window[0])["replica_count"].drop_nulls()
+    options["initial_replicas"] = int(standing[0]) if len(standing) and standing[0] else static
     days = [tuning[start : start + STEPS_PER_DAY] for start in range(0, len(tuning), STEPS_PER_DAY)]
     named: list[tuple[str, Policy]] = [
         (_name(policy), policy) for policy in question.policies or default_policies(static)
