@@ -10,6 +10,8 @@ import pytest
 from click import ClickException
 
 from optiinfra_pipelines.analysis.insights.evidence import make_pack
+from optiinfra_pipelines.analysis.report.html import to_html
+from optiinfra_pipelines.analysis.report.sections import make_document
 from optiinfra_pipelines.commands import report as command
 from optiinfra_pipelines.defs.insights import insights_asset
 from optiinfra_pipelines.defs.report import fleet_report_asset
@@ -107,6 +109,68 @@ def test_stored_claims_come_back_as_they_were(warehouse: Warehouse) -> None:
     assert advice.recommendations == [advised]
     assert [(one.rule, one.kind) for one in advice.refusals or ()] == [("some_rule", None)]
     assert [one.right_sign_share_ratio for one in advice.accuracy or ()] == [None]
+
+
+def test_waste_and_goals_are_told_with_what_says_more(warehouse: Warehouse) -> None:
+    """A GPU that is busy nine tenths of the time and works a tenth of it reaches the goal; the report shows both."""
+    day = NOW.date()
+    with warehouse.connect() as connection:
+        connection.execute(
+            "create table fct_gpu_waste as "
+            "select * replace (gpu_hours::double as gpu_hours, usd::double as usd) from (values "
+            "($1::date, 'gpu-1', 'u1', 'active', 6.0, 18.0, 12.0, 24.0), "
+            "($1::date, 'gpu-1', 'u1', 'idle_held', 2.0, 6.0, 4.0, 8.0), "
+            "($1::date, 'gpu-2', 'u2', 'idle_free', 1.0, null, null, null), "
+            "($1::date - 8, 'gpu-1', 'u1', 'active', 2.0, 6.0, 4.0, 8.0), "
+            "($1::date - 8, 'gpu-1', 'u1', 'idle_held', 2.0, 6.0, 4.0, 8.0)) "
+            "t(day, host, gpu_uuid, state, gpu_hours, usd, usd_low, usd_high)",
+            [day],
+        )
+        connection.execute(
+            "create table fct_deployment_costs as "
+            "select 'chat' as deployment, 9.0::double as gpu_hours, 24.0::double as usd, "
+            "1.5 as usd_per_million_tokens, 0.5 as usd_per_million_prompt_tokens, "
+            "4.0 as usd_per_million_generation_tokens, null::double as joules_per_generation_token"
+        )
+        connection.execute(
+            "create table fct_gpu_utilization_5m as select $1::timestamptz as period_at, 'gpu-1' as host, v.*, "
+            "'' as mig_instance, 'live' as source, 0.1 as dram_active_mean_ratio, 1.0 as memory_used_max_bytes, "
+            "1.0 as energy_joules from (values ('u1', 0.95, 0.1, 60), ('u2', 0.9, 0.1, 60), ('u3', 0.2, null, 60)) "
+            "v(gpu_uuid, gpu_utilization_mean_ratio, sm_active_mean_ratio, sample_count)",
+            [NOW - timedelta(minutes=30)],
+        )
+        connection.execute(
+            "create table fct_host_utilization_5m as select $1::timestamptz as period_at, 'gpu-1' as host, "
+            "'live' as source, 8 as cpu_count, 0.5 as cpu_busy_ratio, 0.1 as memory_used_max_ratio, "
+            "0.02 as psi_cpu_some_ratio, 60 as sample_count",
+            [NOW - timedelta(minutes=30)],
+        )
+        connection.execute(
+            "create table stg_fleet_targets as select 'a' as target, 'gpu-1' as host, 'chat' as deployment"
+        )
+
+    data = read_report(warehouse, Fleet(), NOW - timedelta(hours=1), NOW)
+
+    assert data.gpu_states is not None
+    assert data.gpu_states.rows() == [
+        ("gpu-1", "active", 6.0),
+        ("gpu-1", "idle_held", 2.0),
+        ("gpu-2", "idle_free", 1.0),
+    ]
+    by_state = data.waste["GPU-hours and dollars by deployment and state, UTC days of the window"].rows()
+    assert ("chat", "idle_held", 2.0, 6.0) in by_state
+    assert ("several or none", "idle_free", 1.0, None) in by_state
+    goals = {
+        row["goal"]: (row["reached_ratio"], row["honest_ratio"])
+        for row in data.waste["Goals as they are stated, and what says more"].to_dicts()
+    }
+    assert goals["GPU over 80 %"] == (pytest.approx(2 / 3), pytest.approx(0.1))
+    assert goals["CPU over 70 %"] == (0.0, pytest.approx(0.02))
+    # Half of the known GPU time was idle, a third is: a third less, of the half that was to be reached.
+    assert goals["idle GPU time halved"] == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+    page = to_html(make_document(data))
+    assert "mean SM activity" in page
+    assert "What tokens cost, realized over the last 7 days" in page
 
 
 def test_the_assets_show_the_insight_and_write_the_report(warehouse: Warehouse, paths: Paths) -> None:

@@ -105,9 +105,10 @@ def test_a_faulty_fleet_is_told_with_its_line_before_anything_starts(tmp_path: P
 
 
 def test_check_tells_a_down_target_and_fails(tmp_path: Path) -> None:
-    """The doctor's exit status says whether all that fleet.yaml names can be read."""
+    """The doctor's exit status says whether all that fleet.yaml names can be read; alerts that cannot fire are told."""
     fleet = tmp_path / "fleet.yaml"
-    fleet.write_text("targets:\n  - {name: gone, url: 'http://127.0.0.1:1/metrics'}\n" + FLEET)
+    promised = "deployments:\n  - {name: a, model: m, objectives: [{kind: error_ratio, target_ratio: 0.9}]}\n"
+    fleet.write_text("targets:\n  - {name: gone, url: 'http://127.0.0.1:1/metrics'}\n" + promised + FLEET)
     done = subprocess.run(
         [OPTIINFRA, "--fleet", str(fleet), "check"], capture_output=True, text=True, check=False, timeout=60
     )
@@ -115,3 +116,4 @@ def test_check_tells_a_down_target_and_fails(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "gone" in done.stdout
     assert "connect_refused" in done.stdout
+    assert "can never fire" in done.stdout

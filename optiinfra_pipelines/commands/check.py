@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 
 import click
 
+from optiinfra_pipelines.analysis.burn_rate import never_firing
+from optiinfra_pipelines.analysis.objectives import objectives_of
 from optiinfra_pipelines.commands.console import console
 from optiinfra_pipelines.settings import Paths, SettingsError, load_fleet
 from optiinfra_pipelines.settings_rollouts import rollout_warnings
@@ -26,6 +28,10 @@ def run(paths: Paths, environ: Mapping[str, str]) -> None:
     )
     for warning in rollout_warnings(fleet, environ):
         console.print(f"! rollouts: {warning}")
+    for deployment in fleet.deployments:
+        for objective in objectives_of(deployment)[0]:
+            for warning in never_firing(objective):
+                console.print(f"! objectives of {deployment.name}: {warning}")
     doctor = Doctor(fleet)
     now = datetime.now(UTC)
     try:

@@ -15,6 +15,7 @@ import duckdb
 import polars as pl
 
 from optiinfra_pipelines.analysis.report.data import QUERIES, Advice, ReportData
+from optiinfra_pipelines.analysis.report.waste import COSTS, GPU_STATES, TABLES
 from optiinfra_pipelines.domain.base import Frozen
 from optiinfra_pipelines.domain.findings import Abstention, Finding, FindingKind, Subject
 from optiinfra_pipelines.domain.fleet import Fleet
@@ -42,12 +43,16 @@ def report_of(connection: duckdb.DuckDBPyConnection, fleet: Fleet, since: dateti
     """What the open database tells; what it does not have is None."""
     connection.execute("SET TimeZone = 'UTC'")
     window = {"since": since, "until": until}
+    wasted = {title: _frame(connection, query, window) for title, query in TABLES.items()}
     return ReportData(
         made_at=until,
         since=since,
         deployments=fleet.deployments,
         advice=read_advice(connection),
         frames={name: _frame(connection, query, window) for name, query in QUERIES.items()},
+        waste={title: frame for title, frame in wasted.items() if frame is not None},
+        gpu_states=_frame(connection, GPU_STATES, window),
+        cost=_frame(connection, COSTS, window),
     )
 
 

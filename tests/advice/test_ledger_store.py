@@ -66,6 +66,8 @@ def test_an_advised_raise_is_opened_applied_and_verified_against_the_unchanged_r
     assert derived.opened == (entry.recommendation,)
     assert entry.recommendation.made_at == START + timedelta(minutes=10)
     assert entry.recommendation.change_text.startswith("--max-num-seqs 16 -> --max-num-seqs 32")
+    promised = entry.recommendation.effects[0]
+    assert (promised.change_low, promised.change_high) == (pytest.approx(-40, abs=1), pytest.approx(-16))
     assert entry.state is LedgerState.VERIFIED
     assert entry.applied_at == START + timedelta(minutes=65)
     [row] = Warehouse(tmp_path / "one", clock=Clock(END)).read("select * from recommendation_effects").to_dicts()

@@ -38,8 +38,8 @@ class ReportData:
     """One report: over [since, made_at].
 
     frames: by the names of QUERIES. waste: tables of waste and cost by title, whose columns carry their unit as suffix.
-    gpu_states: host, state, gpu_hours (`waste.gpu_hours`). cost: deployment, usd (`waste.deployment_costs`). Both over
-    the window; None when they have not been made.
+    gpu_states: host, state, gpu_hours of the UTC days of the window. cost: deployment, usd of the last 7 days. Both are
+    None when they have not been made. The queries of these three are `waste`.
     """
 
     made_at: datetime

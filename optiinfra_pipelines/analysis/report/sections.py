@@ -208,11 +208,13 @@ def _waste(data: ReportData) -> Section:
     states, cost = data.gpu_states, data.cost
     if states is not None:
         if not states.is_empty():
-            parts.append(Picture(states_svg(states), "GPU-hours by what the GPU did, per host, over the window."))
+            parts.append(
+                Picture(states_svg(states), "GPU-hours by what the GPU did, per host, on the window's UTC days.")
+            )
         parts.append(frame_grid(states, "GPU-hours by state", empty="No GPU was seen in the window."))
     if cost is not None:
         if cost.drop_nulls("usd").height:
-            parts.append(Picture(cost_svg(cost, "deployment"), "Cost by deployment over the window, US dollars."))
+            parts.append(Picture(cost_svg(cost, "deployment"), "Cost by deployment over the last 7 days, US dollars."))
         parts.append(
             frame_grid(cost, "Cost by deployment", empty="No deployment has a cost: none has GPUs or a price.")
         )
