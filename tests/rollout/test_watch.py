@@ -202,6 +202,40 @@ def test_a_candidate_that_knows_less_fails_the_quality_gate(ours: int, is_good: 
     assert found.is_good is is_good, found.reason
 
 
+def test_a_candidate_that_loses_a_fifth_passes_at_most_once_in_twenty() -> None:
+    """Exactly, over all outcomes: lost answers are binomial, none is won."""
+    from scipy.stats import binom
+
+    for prompts, lost_ratio in ((40, 0.12), (100, 0.12), (40, 0.2)):
+        asked = [Prompt(prompt=str(number), expect=str(number)) for number in range(prompts)]
+        passed = 0.0
+        for lost in range(prompts):
+            texts = [("" if number < lost else str(number), str(number)) for number in range(prompts)]
+            if not compare(asked, texts).is_good:
+                break
+            passed += float(binom.pmf(lost, prompts, lost_ratio))
+        assert passed <= 0.05
+
+
+def test_prompts_on_which_the_baseline_contradicts_itself_are_left_out() -> None:
+    """Three answers that the baseline has right only once are no loss of the candidate's; twenty make it no measure."""
+    again = right(37)
+    found = compare(PROMPTS, list(zip(right(37), right(40), strict=True)), again)
+
+    assert found.is_good, found.reason
+    assert "3 left out" in found.reason
+    assert "contradicts itself on 20 of 40" in compare(PROMPTS, [(text, text) for text in right(40)], right(20)).reason
+
+
+def test_few_prompts_show_little_even_without_a_loss() -> None:
+    answers = list(zip(right(40), right(40), strict=True))
+    few = compare(PROMPTS[:20], answers[:20])
+
+    assert not few.is_good
+    assert "set more prompts" in few.reason
+    assert compare(PROMPTS[:26], answers[:26]).is_good
+
+
 def test_no_answer_is_a_wrong_one_and_a_baseline_that_knows_nothing_proves_nothing() -> None:
     assert not compare(PROMPTS, [(None, text) for text in right(40)]).is_good
     assert "use others" in compare(PROMPTS, list(zip(right(40), right(10), strict=True))).reason
