@@ -98,7 +98,9 @@ class _Edge:
         self.process.observe(tick or _NOTHING, scale)
         if tick is not None:
             self.ticks_counted += 1
-            self.sums = self.sums + tick
+            if tick.canary_total and tick.baseline_total:
+                # Requests of a tick without the other arm's compare with nothing: they count toward no minimum.
+                self.sums = self.sums + tick
         if self.drift is not None:
             self.drift.observe(replicas)
 

@@ -19,6 +19,7 @@ from optiinfra_pipelines.domain.fleet import Fleet, Target
 from optiinfra_pipelines.domain.rollout_policy import DeploymentRollouts
 from optiinfra_pipelines.domain.rollouts import NEEDS_QUALITY_GATE, Rollout
 from optiinfra_pipelines.rollout.quality import read_prompts
+from optiinfra_pipelines.rollout.staging_load import LoadMix
 from resources.rollouts.executor import Executor
 from resources.rollouts.feed import ScrapeFeed, requests_in_flight
 from resources.rollouts.gpu_watch import GpuWatch
@@ -109,7 +110,19 @@ def _served(rollouts: Rollouts, row: Rollout, settings: DeploymentRollouts) -> P
     file = settings.quality_prompts
     prompts = read_prompts(Path(file).read_text(encoding="utf-8")) if file else []
     needs_prompts = row.proposal.change.knob_group in NEEDS_QUALITY_GATE
-    staging = HttpStaging(target, model=model, prompts=prompts if needs_prompts else ())
+
+    def kv_tokens(replica: Replica) -> float | None:
+        found = scrape([replica], rollouts.clock().at)["raw_engine_samples"]["kv_cache_capacity_tokens"].drop_nulls()
+        return float(found.sum()) if len(found) else None
+
+    staging = HttpStaging(
+        target,
+        model=model,
+        prompts=prompts if needs_prompts else (),
+        mix=lambda: history.load_mix(rollouts.clock().at) if history is not None else LoadMix(),
+        kv_tokens=kv_tokens,
+        expected_kv_tokens=row.proposal.plan.expected_kv_tokens,
+    )
     return Parts(target, feed, staging)
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from optiinfra_pipelines.rollout.calibration import Calibration, calibrate, drifts, windows
-from optiinfra_pipelines.rollout.margins import JudgedEdge, StableHistogram
+from optiinfra_pipelines.rollout.margins import JudgedEdge, StableHistogram, merge
+from optiinfra_pipelines.rollout.staging_load import LoadMix
 from resources.rollouts.budgets import Read
 
 Floats = npt.NDArray[np.float64]
@@ -75,6 +76,16 @@ class StableHistory:
         null_odds = [edge.null_odds for edge in edges]
         replays = windows(replicas, REPLAY_TICKS)
         return calibrate(replays, null_odds, alpha=alpha, drift=drifts(replicas, null_odds) if replays else ())
+
+    def load_mix(self, now: datetime) -> LoadMix:
+        """Lengths and rate of one replica in the last hour, for a staging test; what is not stored stays unknown."""
+        prompts, answers = (self.minutes(signal, now) for signal in ("prompt_tokens", "generation_tokens"))
+        seconds = 60.0 * len(prompts) * len(self._targets)
+        return LoadMix(
+            merge(prompts) if prompts else None,
+            merge(answers) if answers else None,
+            sum(one.total for one in prompts) / seconds if prompts else None,
+        )
 
     def _ticks(
         self, found: Sequence[_Increments], bounds: Sequence[float], now: datetime

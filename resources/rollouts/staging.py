@@ -1,15 +1,14 @@
 """A candidate before it gets traffic: is it really ready, and does it carry a load as a stable replica does?
 
 Ready means more than an open port: health, one real completion, and a KV cache of the predicted size. The load test
-sends the same requests, in the same order at the same times, to the candidate and to a stable replica: open loop, so
-that a slow server does not slow its own load.
+sends the same requests at the same times to the candidate and to a stable replica. What load, and what the answers
+say, is `optiinfra_pipelines.rollout.staging_load`.
 """
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,18 +16,32 @@ from typing import Any
 
 import httpx
 
+from optiinfra_pipelines.domain.verdicts import VerdictKind
+from optiinfra_pipelines.rollout.guards import KV_SHORTFALL_RATIO
 from optiinfra_pipelines.rollout.quality import Prompt, compare
+from optiinfra_pipelines.rollout.staging_load import (
+    MAX_ROUNDS,
+    LoadMix,
+    LoadVerdict,
+    PlannedRequest,
+    describe,
+    judge_load,
+    plan_round,
+)
 from resources.rollouts.clock import Moment
 from resources.rollouts.ports import StagingReport
 from resources.rollouts.targets.base import Replica, ServedTarget, TargetError
 
 # A cold engine compiles its first step; a completion of a few tokens takes seconds at most.
 COMPLETION_SECONDS = 20.0
-# Away from traffic a load test must find a candidate that breaks, not measure it: the canary does that.
-LOAD_REQUESTS = 40
-LOAD_REQUESTS_PER_SECOND = 4.0
-MAX_SLOWDOWN_RATIO = 3.0
+# Answers of the quality gate are short facts.
+QUALITY_TOKENS = 64
+# Requests in flight at one replica; a candidate that hangs fails by its timeouts, not by our threads.
+_MOST_IN_FLIGHT = 64
 _SEED = 20_260_102
+
+# KV cache of a replica in tokens, as it tells now; None where it does not.
+KvTokens = Callable[[Replica], float | None]
 
 
 @dataclass(frozen=True)
@@ -36,9 +49,18 @@ class _Answer:
     seconds: float
     text: str | None
 
+    @property
+    def taken(self) -> float | None:
+        """Seconds it took; None where it failed."""
+        return None if self.text is None else self.seconds
+
 
 class HttpStaging:
-    """Candidates with an OpenAI-compatible API. model: name to ask for. prompts: with known answers, for quality."""
+    """Candidates with an OpenAI-compatible API. model: name to ask for. prompts: with known answers, for quality.
+
+    mix: what stable replicas serve, asked once before the load. kv_tokens, expected_kv_tokens: a candidate whose cache
+    is over 5 % smaller than expected is not ready, nor is one that does not tell while it could.
+    """
 
     def __init__(
         self,
@@ -47,11 +69,17 @@ class HttpStaging:
         model: str,
         prompts: Sequence[Prompt] = (),
         health_path: str = "/health",
+        mix: Callable[[], LoadMix] = LoadMix,
+        kv_tokens: KvTokens | None = None,
+        expected_kv_tokens: float | None = None,
     ) -> None:
         self._target = target
         self._model = model
         self._prompts = prompts
         self._health_path = health_path
+        self._mix = mix
+        self._kv_tokens = kv_tokens
+        self._expected_kv_tokens = expected_kv_tokens
         self._proven: set[str] = set()
 
     @cached_property
@@ -82,30 +110,51 @@ class HttpStaging:
             missing = "candidate" if not ours_all else "stable replica"
             return StagingReport(False, f"no {missing} is there to be tested")
         candidate, stable = ours_all[0], theirs_all[0]
-        ours, theirs = self._load(candidate), self._load(stable)
-        failed, usual = sum(one.text is None for one in ours), sum(one.text is None for one in theirs)
-        ratio = _median(ours) / max(_median(theirs), 1e-9)
-        evidence: dict[str, Any] = {
+        mix = self._mix()
+        verdict, evidence = self._loaded(candidate, stable, mix)
+        evidence["load"] = describe(mix)
+        if verdict.kind is VerdictKind.FAIL:
+            return StagingReport(False, verdict.reason, evidence)
+        if verdict.kind is not VerdictKind.PASS:
+            return StagingReport(
+                False, f"{verdict.kind}: {verdict.reason}; it is tried again when proposed anew", evidence
+            )
+        if self._prompts:
+            asked = [one.prompt for one in self._prompts]
+            ours = [self._ask(candidate, one, QUALITY_TOKENS).text for one in asked]
+            theirs, again = ([self._ask(stable, one, QUALITY_TOKENS).text for one in asked] for _ in range(2))
+            quality = compare(self._prompts, list(zip(ours, theirs, strict=True)), again)
+            evidence["quality"] = quality.reason
+            evidence["identical_answers"] = sum(
+                one is not None and one == other for one, other in zip(ours, theirs, strict=True)
+            )
+            if not quality.is_good:
+                return StagingReport(False, f"quality: {quality.reason}", evidence)
+        return StagingReport(True, verdict.reason, evidence)
+
+    def _loaded(self, candidate: Replica, stable: Replica, mix: LoadMix) -> tuple[LoadVerdict, dict[str, Any]]:
+        """Rounds of load at both until they tell them apart or are used up; and the numbers."""
+        ours: list[_Answer] = []
+        theirs: list[_Answer] = []
+        verdict = LoadVerdict(VerdictKind.NODATA, "nothing was asked")
+        for index in range(MAX_ROUNDS):
+            planned = plan_round(mix, seed=_SEED, index=index)
+            with ThreadPoolExecutor(max_workers=2) as both:
+                at_candidate = both.submit(self._send, candidate, planned)
+                at_stable = both.submit(self._send, stable, [one for one in planned if one.is_compared])
+                ours += at_candidate.result()
+                theirs += at_stable.result()
+            verdict = judge_load([one.taken for one in ours], [one.taken for one in theirs])
+            if verdict.kind in (VerdictKind.PASS, VerdictKind.FAIL):
+                break
+        numbers: dict[str, Any] = {
             "requests": len(ours),
-            "candidate_failed": failed,
-            "stable_failed": usual,
+            "candidate_failed": sum(one.text is None for one in ours),
+            "stable_failed": sum(one.text is None for one in theirs),
             "candidate_median_seconds": _median(ours),
             "stable_median_seconds": _median(theirs),
         }
-        if failed > usual + 1:
-            reason = f"{failed} of {len(ours)} requests failed, {usual} at a stable replica"
-            return StagingReport(False, reason, evidence)
-        if ratio > MAX_SLOWDOWN_RATIO:
-            return StagingReport(False, f"the median request takes {ratio:.1f}x a stable replica's", evidence)
-        if self._prompts:
-            asked = [one.prompt for one in self._prompts]
-            answers = [(self._ask(candidate, one, 64).text, self._ask(stable, one, 64).text) for one in asked]
-            quality = compare(self._prompts, answers)
-            evidence["quality"] = quality.reason
-            if not quality.is_good:
-                return StagingReport(False, f"quality: {quality.reason}", evidence)
-        reason = f"{len(ours)} requests, {failed} failed, median {ratio:.2f}x a stable replica's"
-        return StagingReport(True, reason, evidence)
+        return verdict, numbers
 
     def _why_not(self, server: Replica) -> str | None:
         try:
@@ -118,18 +167,30 @@ class HttpStaging:
             if self._ask(server, "Say yes.", 4).text is None:
                 return "no completion yet"
             self._proven.add(server.server)
+        return self._small_cache(server)
+
+    def _small_cache(self, server: Replica) -> str | None:
+        """Why a candidate's KV cache is not what the change was planned with; None where nothing was predicted."""
+        expected = self._expected_kv_tokens
+        if expected is None or self._kv_tokens is None:
+            return None
+        actual = self._kv_tokens(server)
+        if actual is None:
+            return f"it does not tell the size of its KV cache; {expected:.0f} tokens are expected"
+        if actual < expected * (1 - KV_SHORTFALL_RATIO):
+            return f"KV cache of {actual:.0f} tokens, {1 - actual / expected:.0%} under the expected {expected:.0f}"
         return None
 
-    def _load(self, server: Replica) -> list[_Answer]:
-        rng = random.Random(_SEED)
-        with ThreadPoolExecutor(max_workers=16) as pool:
-            begun, at, futures = time.monotonic(), 0.0, []
-            for index in range(LOAD_REQUESTS):
-                at += rng.expovariate(LOAD_REQUESTS_PER_SECOND)
-                prompt = f"Request {index}. " + "word " * rng.randint(10, 200)
-                time.sleep(max(0.0, begun + at - time.monotonic()))
-                futures.append(pool.submit(self._ask, server, prompt, rng.randint(4, 32)))
-            return [future.result() for future in futures]
+    def _send(self, server: Replica, planned: Sequence[PlannedRequest]) -> list[_Answer]:
+        """Send each at its time, whatever became of those before; the answers to the compared ones."""
+        with ThreadPoolExecutor(max_workers=_MOST_IN_FLIGHT) as pool:
+            begun, compared = time.monotonic(), []
+            for one in planned:
+                time.sleep(max(0.0, begun + one.at_seconds - time.monotonic()))
+                future = pool.submit(self._ask, server, one.prompt, one.max_tokens)
+                if one.is_compared:
+                    compared.append(future)
+            return [future.result() for future in compared]
 
     def _ask(self, server: Replica, prompt: str, max_tokens: int) -> _Answer:
         body = {"model": self._model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "seed": 0}

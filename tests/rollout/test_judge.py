@@ -141,3 +141,87 @@ def test_any_histogram_gives_ascending_edges_and_odds_of_at_least_one(counts: li
     assert [edge.bound_seconds for edge in edges] == sorted({edge.bound_seconds for edge in edges})
     assert all(edge.null_odds >= 1 and math.isfinite(edge.null_odds) for edge in edges)
     assert edges == [] or sum(counts) > 0
+
+
+def with_replicas(slow: list[int]) -> ArmTick:
+    """A baseline of nine replicas of 50 requests, by name."""
+    by_name = {f"r{index}": (50, over) for index, over in enumerate(slow)}
+    return ArmTick({"ttft": 450}, {"ttft": {0.5: sum(slow)}}, 450, 0, None, {"ttft": {0.5: by_name}})
+
+
+def test_a_step_among_replicas_that_differ_wildly_does_not_pass() -> None:
+    """What the planner promised to find could not have been found: a person is asked."""
+    plan = StepPlan(edges={"ttft": EDGES[:1]}, min_requests=100, judge_errors=False)
+    calm, wild = StepJudge(plan), StepJudge(plan)
+    for tick in range(120):
+        canary = ArmTick({"ttft": 50}, {"ttft": {0.5: 18}}, 50)
+        calm.observe(canary, with_replicas([18] * 9))
+        wild.observe(canary, with_replicas([18 + (12 if (index + tick // 12) % 3 else -12) for index in range(9)]))
+
+    assert calm.verdict(is_dwell_over=True).kind is VerdictKind.PASS
+    asked = wild.verdict(is_dwell_over=True)
+    assert asked.kind is VerdictKind.INCONCLUSIVE
+    assert "differ among themselves so much" in asked.reason
+
+
+def test_edges_that_only_one_arm_counts_at_are_left_out_and_named() -> None:
+    """A candidate of another engine version may have other buckets: what both have is judged."""
+    judge = StepJudge(PLAN)
+    for _ in range(60):
+        judge.observe(HEALTHY, ArmTick({"ttft": 90}, {"ttft": {1.0: 8}}, 90, 0))
+
+    passed = judge.verdict(is_dwell_over=True)
+    assert passed.kind is VerdictKind.PASS
+    assert "not judged, as the arms' buckets differ: ttft at 0.5 s" in passed.reason
+    assert passed.signals[0].bound == 1.0
+
+
+def test_arms_without_a_common_edge_are_no_data() -> None:
+    judge = StepJudge(PLAN)
+    for _ in range(60):
+        judge.observe(ArmTick({"ttft": 10}, {"ttft": {}}, 10, 0), BASELINE)
+
+    assert judge.verdict(is_dwell_over=True).kind is VerdictKind.NODATA
+
+
+def test_counts_of_billions_are_judged_as_fast() -> None:
+    judge = StepJudge(PLAN)
+    billion = 10**9
+    for _ in range(5):
+        judge.observe(arm(billion, billion // 2, billion // 5), arm(9 * billion, 9 * billion // 4, 9 * billion // 10))
+
+    verdict = judge.verdict(is_dwell_over=False)
+    assert verdict.kind is VerdictKind.FAIL
+    assert all(math.isfinite(state.log_e) for state in verdict.signals)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 20), st.integers(0, 2**31), st.floats(0, 1))
+def test_exchanged_arms_of_one_kind_never_both_fail(requests: int, seed: int, share: float) -> None:
+    """If one arm is worse than the other throughout, the other is not worse than it; and equal arms fail neither."""
+    plan = StepPlan(edges={"ttft": EDGES[:1]}, min_requests=1, judge_errors=False)
+    random = np.random.default_rng(seed)
+    worse, better = (int(share * requests), int(share * requests / 2))
+    one, other, same = StepJudge(plan), StepJudge(plan), StepJudge(plan)
+    for _ in range(int(random.integers(1, 80))):
+        a, b = (ArmTick({"ttft": requests}, {"ttft": {0.5: over}}, requests) for over in (worse, better))
+        one.observe(a, b)
+        other.observe(b, a)
+        same.observe(a, a)
+
+    assert other.verdict(is_dwell_over=False).kind is not VerdictKind.FAIL
+    assert same.verdict(is_dwell_over=False).kind is not VerdictKind.FAIL
+    assert one.states()[0].log_e >= other.states()[0].log_e
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 90)), min_size=1, max_size=60))
+def test_ticks_with_traffic_in_one_arm_only_tell_nothing(ticks: list[tuple[int, int]]) -> None:
+    """However many: no evidence, and no pass."""
+    judge = StepJudge(PLAN)
+    for requests, slow in ticks:
+        judge.observe(ArmTick(), arm(90, min(slow, 90), 0))
+        judge.observe(arm(requests, requests, requests), ArmTick())
+
+    assert max(state.log_e for state in judge.states()) <= 0
+    assert judge.verdict(is_dwell_over=True).kind is not VerdictKind.PASS
