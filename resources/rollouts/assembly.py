@@ -112,8 +112,9 @@ def _served(rollouts: Rollouts, row: Rollout, settings: DeploymentRollouts) -> P
     needs_prompts = row.proposal.change.knob_group in NEEDS_QUALITY_GATE
 
     def kv_tokens(replica: Replica) -> float | None:
-        found = scrape([replica], rollouts.clock().at)["raw_engine_samples"]["kv_cache_capacity_tokens"].drop_nulls()
-        return float(found.sum()) if len(found) else None
+        found = scrape([replica], rollouts.clock().at)["raw_engine_samples"]["kv_cache_capacity_tokens"].to_list()
+        # Of several ranks the smallest: each holds requests of its own.
+        return min((float(tokens) for tokens in found if tokens is not None), default=None)
 
     staging = HttpStaging(
         target,
