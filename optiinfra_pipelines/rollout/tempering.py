@@ -26,8 +26,8 @@ LATENCY_ALTERNATIVES = (1.15, 1.3, 1.6, 2.2, 3.5, 6.0, 15.0)
 # Per alternative: the largest stake, the gain, and how fast it falls with the information of a tick. Drift looks like
 # a small regression, never like a large one: small bets are damped, large ones hardly. The gain holds at the usual
 # odds of a 10 % margin; the damping is six ticks of the drift's variance of log odds, 0.05.
-_LARGEST = (0.6, 0.6, 0.6, 0.6, 0.75, 0.75, 0.75)
-_GAIN = (1.6, 1.4, 1.0, 1.1, 0.8, 0.7, 0.7)
+_LARGEST = (0.65, 0.65, 0.65, 0.65, 0.75, 0.75, 0.75)
+_GAIN = (1.75, 1.55, 1.1, 1.15, 0.8, 0.7, 0.7)
 _DAMPING = (0.3, 0.3, 0.3, 0.2, 0.08, 0.02, 0.0)
 # The stake at which the table holds as it stands; others scale it.
 DEFAULT_STAKE = 0.5
@@ -35,7 +35,7 @@ DEFAULT_STAKE = 0.5
 WINDOW_TICKS = 12
 # Drift over a minute as a share of the margin, both in log odds, that the table is made for. Beyond it stakes fall
 # with the third power: false alarms of a bet grow exponentially in stake times drift.
-USUAL_DRIFT = 0.76
+USUAL_DRIFT = 0.82
 _FALL = 3
 # Spread of that share squared between fleets, as a variance of log odds: how soon live counts overrule the usual.
 _PRIOR_SPREAD = 0.02
@@ -73,7 +73,7 @@ class Drift:
 
     @property
     def share(self) -> float:
-        """Standard deviation of the drift as a share of the margin, in log odds; 0.76 is usual."""
+        """Standard deviation of the drift as a share of the margin, in log odds; 0.82 is usual."""
         return math.sqrt(max(0.0, self._weighted / self._weight)) / self._yardstick
 
     def observe(self, replicas: Mapping[str, tuple[int, int]]) -> None:
