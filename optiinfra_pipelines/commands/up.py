@@ -130,6 +130,8 @@ def _child_environ(paths: Paths) -> dict[str, str]:
         "DAGSTER_HOME": str(paths.dagster_home),
         "OPTIINFRA_HOME": str(paths.home),
         "OPTIINFRA_FLEET": str(paths.fleet_file),
+        # The daemon gives up on a run that the code server has not started by then: 60 s were too few under load.
+        "DAGSTER_GRPC_TIMEOUT_SECONDS": "240",
         "PYTHONSAFEPATH": "1",  # a stray module in the working folder must not shadow an installed one
     }
 
