@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -59,7 +60,7 @@ CHANGE = Change(
 
 def main() -> None:
     arguments = argparse.ArgumentParser()
-    arguments.add_argument("--faults", type=int, default=10)
+    arguments.add_argument("--faults", type=int, default=10, help="0: only the changes of weight.")
     arguments.add_argument("--gateway", choices=["haproxy", "builtin"], default=None)
     if sys.argv[1:2] == ["--serve"]:
         # As a replica of the fleet: see `serve`.
@@ -94,11 +95,12 @@ def measure(folder: Path, faults: int, gateway: GatewayKind | None) -> None:
                 f"{failed} requests lost",
                 flush=True,
             )
-        worst = sorted(off)[max(0, int(0.95 * len(off) + 0.5) - 1)]
-        print(
-            f"{len(off)} faults: fault to weight 0 median {statistics.median(off):.1f} s, p95 {worst:.1f} s, "
-            f"longest {max(off):.1f} s; to ROLLED_BACK longest {max(back):.1f} s"
-        )
+        if off:
+            worst = sorted(off)[max(0, int(0.95 * len(off) + 0.5) - 1)]
+            print(
+                f"{len(off)} faults: fault to weight 0 median {statistics.median(off):.1f} s, p95 {worst:.1f} s, "
+                f"longest {max(off):.1f} s; to ROLLED_BACK longest {max(back):.1f} s"
+            )
         changes(live, folder)
 
 
@@ -107,8 +109,7 @@ def one_fault(
 ) -> tuple[float, float, int]:
     """One rollout with one fault: seconds to weight 0, seconds to ROLLED_BACK, requests lost."""
     errors = folder / "errors"
-    for told in errors.glob("*"):
-        told.unlink()
+    heal(errors)
     fleet = Fleet(deployments=(Deployment(name=DEPLOYMENT, model=MODEL_NAME),))
     rollouts = Rollouts(fleet, live.policy, folder / "rollouts", environ={})
     proposal = Proposal(
@@ -148,6 +149,12 @@ def one_fault(
         story = "\n".join(f"{one.kind}: {one.reason}" for one in rollouts.store.events(name)[-15:])
         raise SystemExit(f"{name} with {kind} is {state}:\n{story}")
     return zero[0] - struck, ended - struck, traffic.counts().failed - before
+
+
+def heal(errors: Path) -> None:
+    """Every replica answers again as it should."""
+    for told in errors.glob("*"):
+        told.unlink()
 
 
 def strike(live: LiveFleet, kind: str, errors: Path) -> None:
@@ -190,6 +197,7 @@ def changes(live: LiveFleet, folder: Path) -> None:
     target = HaproxyTarget(live.settings, folder / "rollouts" / "haproxy", live.launcher)
     token = 1_000_000
     counts = []
+    heal(folder / "errors")
     for is_streamed in (False, True):
         load = replace(LOAD, is_streamed=is_streamed)
         with Traffic(live.url, load) as traffic:
@@ -209,7 +217,7 @@ def changes(live: LiveFleet, folder: Path) -> None:
             time.sleep(2)
         counts.append(traffic.counts())
     sent, lost = sum(one.sent for one in counts), sum(one.failed for one in counts)
-    reasons = {reason: count for one in counts for reason, count in one.lost.items()}
+    reasons = dict(sum((one.lost for one in counts), Counter[str]()))
     print(
         f"weights 25, 50, 100, 0 %, drain and stop, twice (plain and streamed): {sent} requests, {lost} lost {reasons}"
     )
