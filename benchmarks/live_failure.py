@@ -41,6 +41,7 @@ from resources.demo.live.traffic import Traffic
 from resources.gateway.pool import Pool, ServerSettings
 from resources.gateway.proxy import Proxy
 from resources.rollouts.desk import Rollouts
+from resources.rollouts.targets.build import haproxy_folder
 from resources.rollouts.targets.haproxy import HaproxyTarget
 
 LOOK_SECONDS = 5.0
@@ -176,7 +177,7 @@ def weight_zero(live: LiveFleet, folder: Path) -> Iterator[list[float]]:
     """Watches the gateway ten times a second; the list holds the first moment since it was cleared without weight."""
     zero: list[float] = []
     stopped = threading.Event()
-    target = HaproxyTarget(live.settings, folder / "rollouts" / "haproxy", live.launcher)
+    target = HaproxyTarget(live.settings, haproxy_folder(folder / "rollouts", DEPLOYMENT), live.launcher)
 
     def look() -> None:
         while not stopped.wait(0.1):
@@ -194,7 +195,7 @@ def weight_zero(live: LiveFleet, folder: Path) -> Iterator[list[float]]:
 
 def changes(live: LiveFleet, folder: Path) -> None:
     """Weights, drain, stop and a change of roles under traffic; what clients lose."""
-    target = HaproxyTarget(live.settings, folder / "rollouts" / "haproxy", live.launcher)
+    target = HaproxyTarget(live.settings, haproxy_folder(folder / "rollouts", DEPLOYMENT), live.launcher)
     token = 1_000_000
     counts = []
     heal(folder / "errors")

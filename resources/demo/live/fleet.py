@@ -38,6 +38,7 @@ from resources.demo.live.model import write_model
 from resources.demo.live.replica import MODEL_NAME, metrics_port
 from resources.demo.live.traffic import Load
 from resources.rollouts.local_launcher import LocalLauncher
+from resources.rollouts.targets.build import REPLICAS, haproxy_folder
 
 DEPLOYMENT = "chat"
 STABLE, CANDIDATES = 2, 2
@@ -98,7 +99,7 @@ class LiveFleet:
         self._flags = flags
         self._replica = tuple(replica)
         self.gateway: GatewayKind = gateway or ("haproxy" if find_haproxy() else "builtin")
-        self.launcher = LocalLauncher(rollouts_dir / "haproxy" / "replicas")
+        self.launcher = LocalLauncher(_replicas(rollouts_dir))
         self.port, *ports = _free_ports(STABLE + CANDIDATES)
         self.settings = self._settings(ports)
         self._supervisor = Supervisor(environ=dict(os.environ), cwd=folder, on_event=on_event)
@@ -242,12 +243,17 @@ def clear_home(home: Path, rollouts_dir: Path) -> None:
     if home.exists() and any(home.iterdir()):
         if not (home / MARKER).exists():
             raise LiveDemoError(f"{home} holds something that is no live demo; choose another folder with --home")
-        launcher = LocalLauncher(rollouts_dir / "haproxy" / "replicas")
-        for known in sorted((rollouts_dir / "haproxy" / "replicas").glob("*.json")):
+        launcher = LocalLauncher(_replicas(rollouts_dir))
+        for known in sorted(_replicas(rollouts_dir).glob("*.json")):
             launcher.stop(known.stem, 2.0)
         shutil.rmtree(home)
     home.mkdir(parents=True, exist_ok=True)
     (home / MARKER).touch()
+
+
+def _replicas(rollouts_dir: Path) -> Path:
+    """Where the rollout's own launcher keeps its replicas: what it starts we end, and what we start it ends."""
+    return haproxy_folder(rollouts_dir, DEPLOYMENT) / REPLICAS
 
 
 def _free_ports(replicas: int) -> list[int]:

@@ -19,6 +19,10 @@ from resources.rollouts.targets.haproxy import HaproxyTarget
 InFlight = Callable[[Sequence[Replica]], int | None]
 
 
+# Folder of the replicas that are started here, within a deployment's own.
+REPLICAS = "replicas"
+
+
 def served_target(
     kind: TargetKind,
     settings: DeploymentRollouts,
@@ -28,9 +32,8 @@ def served_target(
 ) -> ServedTarget:
     """Make it. root: folder of the rollouts' state. TargetError when the deployment has no settings of this kind."""
     if kind == "haproxy" and settings.haproxy is not None:
-        # Of its own: server and backend names are unique within one deployment's settings only.
-        folder = Path(root) / "haproxy" / settings.deployment
-        return HaproxyTarget(settings.haproxy, folder, _launcher(settings.haproxy, folder / "replicas"))
+        folder = haproxy_folder(root, settings.deployment)
+        return HaproxyTarget(settings.haproxy, folder, _launcher(settings.haproxy, folder / REPLICAS))
     if kind == "kubernetes" and settings.kubernetes is not None:
         from resources.rollouts.targets.kubernetes.api import KubeApi
         from resources.rollouts.targets.kubernetes.target import KubernetesTarget
@@ -43,6 +46,11 @@ def served_target(
         name = settings.orchestrator.deployment or settings.deployment
         return OrchestratorTarget(settings.orchestrator, name, OrchestratorClient(settings.orchestrator, environ))
     raise TargetError(f"deployment {settings.deployment} has no {kind} settings; describe it there, or use dry_run")
+
+
+def haproxy_folder(root: Path, deployment: str) -> Path:
+    """Where one deployment's state is: server and backend names are unique within one deployment's settings only."""
+    return Path(root) / "haproxy" / deployment
 
 
 def _launcher(settings: HaproxySettings, folder: Path) -> Launcher:
