@@ -3,7 +3,9 @@ with
 
 steps as (
 
-    select * from scrape_steps(getvariable('window_start'), getvariable('window_end'))
+    -- A minute more on both sides: it tells what a counter said last, and whether a fall lasts.
+    select *
+    from scrape_steps(getvariable('window_start') - interval 1 minute, getvariable('window_end') + interval 1 minute)
 
 ),
 
@@ -11,16 +13,9 @@ samples as not materialized (
 
     select *
     from stg_engine_samples
-    where scraped_at >= getvariable('window_start') - interval 1 hour and scraped_at < getvariable('window_end')
-
-),
-
-before as (
-
-    select samples.*
-    from steps
-    inner join samples
-        on samples.target = steps.target and samples.scraped_at = steps.previous_at
+    where
+        scraped_at >= getvariable('window_start') - interval 1 hour
+        and scraped_at < getvariable('window_end') + interval 1 minute
 
 ),
 
@@ -33,76 +28,71 @@ attempts as (
 
 ),
 
-grown as (
+scraped as (
 
-    -- A counter's growth since the scrape before belongs to the minute of the later scrape.
     select
         now_is.*,
-        steps.minute_at,
-        case when before.target is not null then steps.gap_seconds end as gap_seconds,
-        steps.is_restart
-            or coalesce(now_is.generation_tokens_total < before.generation_tokens_total, false)
-            or coalesce(now_is.prompt_tokens_total < before.prompt_tokens_total, false) as has_restarted,
-        counter_step(before.cpu_seconds_total, now_is.cpu_seconds_total, steps.is_restart) as cpu_seconds,
-        counter_step(before.prompt_tokens_total, now_is.prompt_tokens_total, steps.is_restart) as prompt_tokens,
-        counter_step(before.generation_tokens_total, now_is.generation_tokens_total, steps.is_restart)
-            as generation_tokens,
-        counter_step(before.realtime_tokens_total, now_is.realtime_tokens_total, steps.is_restart) as realtime_tokens,
-        counter_step(before.prefix_cache_queries_total, now_is.prefix_cache_queries_total, steps.is_restart)
-            as prefix_cache_queries,
-        counter_step(before.prefix_cache_hits_total, now_is.prefix_cache_hits_total, steps.is_restart)
-            as prefix_cache_hits,
-        counter_step(before.external_cache_queries_total, now_is.external_cache_queries_total, steps.is_restart)
-            as external_cache_queries,
-        counter_step(before.external_cache_hits_total, now_is.external_cache_hits_total, steps.is_restart)
-            as external_cache_hits,
-        counter_step(before.cached_tokens_device_total, now_is.cached_tokens_device_total, steps.is_restart)
-            as cached_tokens_device,
-        counter_step(before.cached_tokens_host_total, now_is.cached_tokens_host_total, steps.is_restart)
-            as cached_tokens_host,
-        counter_step(before.cached_tokens_storage_total, now_is.cached_tokens_storage_total, steps.is_restart)
-            as cached_tokens_storage,
-        counter_step(before.cached_tokens_remote_total, now_is.cached_tokens_remote_total, steps.is_restart)
-            as cached_tokens_remote,
-        counter_step(before.preemptions_total, now_is.preemptions_total, steps.is_restart) as preemptions,
-        counter_step(before.requests_started_total, now_is.requests_started_total, steps.is_restart)
-            as requests_started,
-        counter_step(before.requests_finished_total, now_is.requests_finished_total, steps.is_restart)
-            as requests_finished,
-        counter_step(before.requests_length_total, now_is.requests_length_total, steps.is_restart) as requests_length,
-        counter_step(before.requests_aborted_total, now_is.requests_aborted_total, steps.is_restart)
-            as requests_aborted,
-        counter_step(before.requests_failed_total, now_is.requests_failed_total, steps.is_restart) as requests_failed,
-        counter_step(before.requests_rejected_total, now_is.requests_rejected_total, steps.is_restart)
-            as requests_rejected,
-        counter_step(before.requests_invalid_total, now_is.requests_invalid_total, steps.is_restart)
-            as requests_invalid,
-        counter_step(before.http_requests_total, now_is.http_requests_total, steps.is_restart) as http_requests,
-        counter_step(before.http_4xx_total, now_is.http_4xx_total, steps.is_restart) as http_4xx,
-        counter_step(before.http_5xx_total, now_is.http_5xx_total, steps.is_restart) as http_5xx,
-        counter_step(before.prefill_seconds_total, now_is.prefill_seconds_total, steps.is_restart) as prefill_seconds,
-        counter_step(before.prefill_tokens_total, now_is.prefill_tokens_total, steps.is_restart) as prefill_tokens,
-        counter_step(before.decode_seconds_total, now_is.decode_seconds_total, steps.is_restart) as decode_seconds,
-        counter_step(before.queue_seconds_total, now_is.queue_seconds_total, steps.is_restart) as queue_seconds,
-        counter_step(before.steps_total, now_is.steps_total, steps.is_restart) as steps,
-        counter_step(before.spec_draft_tokens_total, now_is.spec_draft_tokens_total, steps.is_restart)
-            as spec_draft_tokens,
-        counter_step(before.spec_accepted_tokens_total, now_is.spec_accepted_tokens_total, steps.is_restart)
-            as spec_accepted_tokens,
-        counter_step(before.estimated_flops_total, now_is.estimated_flops_total, steps.is_restart) as estimated_flops,
-        counter_step(before.estimated_read_bytes_total, now_is.estimated_read_bytes_total, steps.is_restart)
-            as estimated_read_bytes
+        steps.* exclude (target, scraped_at, process_started_at)
 
     from steps
 
     inner join samples as now_is
         on now_is.target = steps.target and now_is.scraped_at = steps.scraped_at
 
-    left join before
-        on
-            before.target = steps.target
-            and before.scraped_at = steps.previous_at
-            and before.engine_rank = now_is.engine_rank
+),
+
+summed as (
+
+    -- All counters of a reading together: of two readings of one life the later has counted more.
+    -- Estimates are left out: the others would vanish in a sum so large.
+    select
+        *,
+        list_sum(list_value(*columns(lambda c: c like '%_total' and c not like 'estimated%'))) as counted
+
+    from scraped
+
+),
+
+placed as (
+
+    select
+        *,
+        is_out_of_place(counted, max(counted) over minute_before, max(counted) over minute_after) as is_out_of_place
+
+    from summed
+
+    window
+        by_life as (partition by target, engine_rank, life order by scraped_at),
+        minute_before as (by_life range between interval 1 minute preceding and interval 1 microsecond preceding),
+        minute_after as (by_life range between interval 1 microsecond following and interval 1 minute following)
+
+),
+
+grown as (
+
+    -- Each counter's growth goes by its name without _total, since the last reading that has it, and belongs to the
+    -- minute of the later reading.
+    select
+        *,
+        epoch(scraped_at) - epoch(
+            coalesce(lag(scraped_at) over all_of_life, case when is_restart then lag(scraped_at) over by_target end)
+        ) as gap_seconds,
+        not is_out_of_place
+        and (
+            is_restart
+            or coalesce(generation_tokens_total < lag(generation_tokens_total ignore nulls) over by_life, false)
+            or coalesce(prompt_tokens_total < lag(prompt_tokens_total ignore nulls) over by_life, false)
+        ) as has_restarted,
+        case when not is_out_of_place then
+            counter_step(lag(columns('(.+)_total$') ignore nulls) over by_life, columns('(.+)_total$'), is_from_zero)
+        end as '\1'
+
+    from placed
+
+    window
+        by_target as (partition by target, engine_rank order by scraped_at),
+        all_of_life as (partition by target, engine_rank, life order by scraped_at),
+        by_life as (partition by target, engine_rank, life, is_out_of_place order by scraped_at)
 
 ),
 
@@ -183,6 +173,8 @@ minutes as (
     from grown
 
     left join attempts using (target, minute_at)
+
+    where minute_at >= getvariable('window_start') and minute_at < getvariable('window_end')
 
     group by target, engine_rank, minute_at
 

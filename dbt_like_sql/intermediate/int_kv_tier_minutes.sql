@@ -3,7 +3,9 @@ with
 
 steps as (
 
-    select * from scrape_steps(getvariable('window_start'), getvariable('window_end'))
+    -- A minute more on both sides: it tells what a counter said last, and whether a fall lasts.
+    select *
+    from scrape_steps(getvariable('window_start') - interval 1 minute, getvariable('window_end') + interval 1 minute)
 
 ),
 
@@ -11,47 +13,67 @@ samples as not materialized (
 
     select *
     from stg_kv_tier_samples
-    where scraped_at >= getvariable('window_start') - interval 1 hour and scraped_at < getvariable('window_end')
+    where
+        scraped_at >= getvariable('window_start') - interval 1 hour
+        and scraped_at < getvariable('window_end') + interval 1 minute
 
 ),
 
-before as (
-
-    select samples.*
-    from steps
-    inner join samples
-        on samples.target = steps.target and samples.scraped_at = steps.previous_at
-
-),
-
-grown as (
+scraped as (
 
     select
         now_is.*,
-        steps.minute_at,
-        case when before.target is not null then steps.gap_seconds end as gap_seconds,
-        counter_step(before.lookup_requests_total, now_is.lookup_requests_total, steps.is_restart) as lookup_requests,
-        counter_step(before.requested_tokens_total, now_is.requested_tokens_total, steps.is_restart)
-            as requested_tokens,
-        counter_step(before.hit_tokens_total, now_is.hit_tokens_total, steps.is_restart) as hit_tokens,
-        counter_step(before.stored_tokens_total, now_is.stored_tokens_total, steps.is_restart) as stored_tokens,
-        counter_step(before.stored_chunks_total, now_is.stored_chunks_total, steps.is_restart) as stored_chunks,
-        counter_step(before.loaded_chunks_total, now_is.loaded_chunks_total, steps.is_restart) as loaded_chunks,
-        counter_step(before.evicted_chunks_total, now_is.evicted_chunks_total, steps.is_restart) as evicted_chunks,
-        counter_step(before.read_bytes_total, now_is.read_bytes_total, steps.is_restart) as read_bytes,
-        counter_step(before.write_bytes_total, now_is.write_bytes_total, steps.is_restart) as write_bytes,
-        counter_step(before.failures_total, now_is.failures_total, steps.is_restart) as failures
+        steps.* exclude (target, scraped_at, process_started_at)
 
     from steps
 
     inner join samples as now_is
         on now_is.target = steps.target and now_is.scraped_at = steps.scraped_at
 
-    left join before
-        on
-            before.target = steps.target
-            and before.scraped_at = steps.previous_at
-            and before.tier = now_is.tier
+),
+
+summed as (
+
+    -- All counters of a reading together: of two readings of one life the later has counted more.
+    select *, list_sum(list_value(*columns('.+_total$'))) as counted
+    from scraped
+
+),
+
+placed as (
+
+    select
+        *,
+        is_out_of_place(counted, max(counted) over minute_before, max(counted) over minute_after) as is_out_of_place
+
+    from summed
+
+    window
+        by_life as (partition by target, tier, life order by scraped_at),
+        minute_before as (by_life range between interval 1 minute preceding and interval 1 microsecond preceding),
+        minute_after as (by_life range between interval 1 microsecond following and interval 1 minute following)
+
+),
+
+grown as (
+
+    -- Each counter's growth goes by its name without _total, since the last reading that has it, and belongs to the
+    -- minute of the later reading.
+    select
+        *,
+        epoch(scraped_at) - epoch(
+            coalesce(lag(scraped_at) over all_of_life, case when is_restart then lag(scraped_at) over by_target end)
+        ) as gap_seconds,
+        case when not is_out_of_place then
+            counter_step(lag(columns('(.+)_total$') ignore nulls) over by_life, columns('(.+)_total$'), is_from_zero)
+        end as '\1'
+
+    from placed
+
+    window
+        by_target as (partition by target, tier order by scraped_at),
+        all_of_life as (partition by target, tier, life order by scraped_at),
+        by_life as (partition by target, tier, life, is_out_of_place order by scraped_at)
 
 ),
 
@@ -81,6 +103,8 @@ minutes as (
         sum(failures) as failures
 
     from grown
+
+    where minute_at >= getvariable('window_start') and minute_at < getvariable('window_end')
 
     group by target, tier, minute_at
 

@@ -3,7 +3,9 @@ with
 
 steps as (
 
-    select * from scrape_steps(getvariable('window_start'), getvariable('window_end'))
+    -- A minute more on both sides: it tells what a counter said last, and whether a fall lasts.
+    select *
+    from scrape_steps(getvariable('window_start') - interval 1 minute, getvariable('window_end') + interval 1 minute)
 
 ),
 
@@ -12,60 +14,72 @@ histograms as not materialized (
     -- An hour of lists: read by inner joins only, which skip what they do not need.
     select *
     from stg_engine_histograms
-    where scraped_at >= getvariable('window_start') - interval 1 hour and scraped_at < getvariable('window_end')
-
-),
-
-before as (
-
-    select histograms.*
-    from steps
-    inner join histograms
-        on histograms.target = steps.target and histograms.scraped_at = steps.previous_at
+    where
+        scraped_at >= getvariable('window_start') - interval 1 hour
+        and scraped_at < getvariable('window_end') + interval 1 minute
 
 ),
 
 scraped as (
 
     select
-        now_is.target,
-        now_is.engine_rank,
-        now_is.metric,
-        now_is.bounds_id,
-        now_is.scraped_at,
-        now_is.vantage,
-        now_is.source_metric,
-        now_is.is_proxy,
-        steps.minute_at,
-        before.scraped_at as previous_at,
-        case when before.scraped_at is not null then steps.gap_seconds end as gap_seconds,
-        steps.is_restart
-            or coalesce(now_is.count_value < before.count_value, false)
-            or (before.scraped_at is not null and now_is.bounds_id is distinct from before.bounds_id) as is_reset
+        now_is.* exclude (bucket_counts, sum_value),
+        steps.* exclude (target, scraped_at, previous_at, process_started_at)
 
     from steps
 
     inner join histograms as now_is
         on now_is.target = steps.target and now_is.scraped_at = steps.scraped_at
 
-    left join before
-        on
-            before.target = steps.target
-            and before.scraped_at = steps.previous_at
-            and before.engine_rank = now_is.engine_rank
-            and before.metric = now_is.metric
+),
+
+placed as (
+
+    select
+        *,
+        is_out_of_place(count_value, max(count_value) over minute_before, max(count_value) over minute_after)
+            as is_out_of_place
+
+    from scraped
+
+    window
+        by_life as (partition by target, engine_rank, metric, life order by scraped_at),
+        minute_before as (by_life range between interval 1 minute preceding and interval 1 microsecond preceding),
+        minute_after as (by_life range between interval 1 microsecond following and interval 1 minute following)
 
 ),
 
-lives as (
+compared as (
 
-    -- A counter's life ends at a reset; within one life the last list less the first is all that was counted.
     select
         *,
-        count(*) filter (is_reset)
-            over (partition by target, engine_rank, metric order by scraped_at rows unbounded preceding) as life
+        lag(scraped_at) over by_life as previous_at,
+        epoch(scraped_at) - epoch(
+            coalesce(previous_at, case when is_restart then lag(scraped_at) over by_metric end)
+        ) as gap_seconds,
+        (previous_at is null and is_from_zero)
+            or coalesce(count_value < lag(count_value) over by_life, false)
+            or (previous_at is not null and bounds_id is distinct from lag(bounds_id) over by_life) as is_reset
 
-    from scraped
+    from placed
+
+    where not is_out_of_place
+
+    window
+        by_metric as (partition by target, engine_rank, metric order by scraped_at),
+        by_life as (partition by target, engine_rank, metric, life order by scraped_at)
+
+),
+
+cut as (
+
+    -- A stretch ends at a reset; within one the last list less the first is all that was counted.
+    select
+        *,
+        count(*) filter (is_reset or previous_at is null)
+            over (partition by target, engine_rank, metric order by scraped_at rows unbounded preceding) as stretch
+
+    from compared
 
 ),
 
@@ -77,7 +91,7 @@ stretches as (
         metric,
         bounds_id,
         minute_at,
-        life,
+        stretch,
         max(scraped_at) as last_at,
         -- Counting goes from the scrape before; from zero after a reset; at first sight, from the first scrape.
         arg_min_null(
@@ -90,9 +104,11 @@ stretches as (
         sum(gap_seconds) as observed_seconds,
         max(gap_seconds) as gap_seconds
 
-    from lives
+    from cut
 
-    group by target, engine_rank, metric, bounds_id, minute_at, life
+    where minute_at >= getvariable('window_start') and minute_at < getvariable('window_end')
+
+    group by target, engine_rank, metric, bounds_id, minute_at, stretch
 
     -- A first sight alone has counted nothing that is known.
     having bool_or(previous_at is not null or is_reset)

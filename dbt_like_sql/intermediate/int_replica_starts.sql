@@ -24,7 +24,9 @@ compared as (
 
 steps as (
 
-    select * from scrape_steps(getvariable('window_start'), getvariable('window_end'))
+    select *
+    from scrape_steps(getvariable('window_start'), getvariable('window_end'))
+    where scraped_at >= getvariable('window_start')
 
 ),
 

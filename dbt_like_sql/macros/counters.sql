@@ -5,9 +5,15 @@
 create or replace macro counter_increase(before, now_is) as
     case when now_is < before then now_is else now_is - before end;
 
--- The same where the process behind the counter is known to have been restarted in between: it counts from zero.
-create or replace macro counter_step(before, now_is, is_restart) as
-    case when is_restart then now_is else counter_increase(before, now_is) end;
+-- The same within one life of the process behind the counter. A life that was seen to begin counts from zero.
+create or replace macro counter_step(before, now_is, is_from_zero) as
+    case when before is null and is_from_zero then now_is else counter_increase(before, now_is) end;
+
+-- Whether a reading lies between higher ones: a clock set back put it there, among readings taken after it. What it
+-- counted is in theirs. A reset stays low, so it is none; one that regains its height within a minute is lost here,
+-- which is less than it would be to count such a reading as a reset.
+create or replace macro is_out_of_place(now_is, highest_before, highest_after) as
+    coalesce(now_is < highest_before and highest_after >= highest_before, false);
 
 -- Start of the UTC step of so many seconds that holds a moment, whatever the session's time zone.
 create or replace macro utc_step(step_seconds, moment) as
