@@ -116,14 +116,13 @@ def _verdict(looks: Sequence[Look], kind: WatchKind, thresholds: Mapping[str, fl
         return None if now.is_up else f"no metrics page: {now.error or 'cause unknown'}"
     if not now.is_up:
         return None
-    window = _window(looks, ERROR_WINDOW if kind == "ERRORS" else WINDOW)
     match kind:
         case "ERRORS":
-            return _errors(window, thresholds)
+            return _errors(_window(looks, ERROR_WINDOW), thresholds)
         case "QUEUE_RUNAWAY":
-            return _queue(window, thresholds)
+            return _queue(_window(looks, WINDOW), thresholds)
         case "STALLED":
-            return _stalled(window, thresholds)
+            return _stalled(looks, thresholds)
 
 
 def _window(looks: Sequence[Look], width: timedelta) -> list[Look]:
@@ -156,13 +155,16 @@ def _errors(window: Sequence[Look], thresholds: Mapping[str, float]) -> str | No
 
 
 def _queue(window: Sequence[Look], thresholds: Mapping[str, float]) -> str | None:
-    """Never shrinking, doubled within the window, and more waiting than running by a factor: no wave, a runaway."""
+    """Never shrinking, doubled within the window, growing still, and more waiting than running by a factor.
+
+    Growing still, because clients that all begin at once make a queue that jumps and then stays: a load, no runaway.
+    """
     waiting = [look.waiting for look in window]
     if len(waiting) < 3 or any(value is None for value in waiting):
         return None
     known = [float(value) for value in waiting if value is not None]
     running = window[-1].running
-    if running is None or any(after < before for before, after in pairwise(known)):
+    if running is None or known[-1] == known[-2] or any(after < before for before, after in pairwise(known)):
         return None
     least = thresholds["watch_queue_per_running"] * max(running, 1.0)
     if known[-1] < 2 * max(known[0], 1.0) or known[-1] < least:
@@ -172,9 +174,18 @@ def _queue(window: Sequence[Look], thresholds: Mapping[str, float]) -> str | Non
     )
 
 
-def _stalled(window: Sequence[Look], thresholds: Mapping[str, float]) -> str | None:
-    """Requests in execution at every look and not one token. A prefill can take a while: the whole window must pass."""
-    if not window or _seconds(window) < thresholds["watch_stall_seconds"]:
+def _stalled(looks: Sequence[Look], thresholds: Mapping[str, float]) -> str | None:
+    """Requests in execution at every look and not one token, over the shortest stretch that a prefill cannot last.
+
+    The stretch ends at the newest look and begins at the first one far enough back: a fixed window would either hold
+    tokens from before the stall, or, at a beat of 5.01 s, fall short of its own length for ever.
+    """
+    far_enough = looks[-1].at - timedelta(seconds=thresholds["watch_stall_seconds"])
+    begin = max((look.at for look in looks if look.at <= far_enough), default=None)
+    if begin is None:
+        return None
+    window = _window(looks, looks[-1].at - begin)
+    if not window or window[0].at != begin:
         return None
     if any(look.running is None or look.running < 1 for look in window):
         return None

@@ -81,6 +81,13 @@ def test_a_queue_that_doubles_past_four_batches_is_a_runaway() -> None:
     assert [alert.kind for _, alert in told(looks)] == ["QUEUE_RUNAWAY"]
 
 
+def test_a_queue_that_jumps_and_stays_is_a_load_and_no_runaway() -> None:
+    """Forty clients that begin at once behind eight slots, as recorded: a finding, not an outage."""
+    looks = [up(5 * i, running=8.0, waiting=0.0 if i < 3 else 32.0 + i // 8) for i in range(16)]
+
+    assert told(looks) == []
+
+
 def test_requests_that_run_without_a_token_are_a_stall_after_the_whole_window() -> None:
     looks = [up(5 * i, running=3.0, tokens=100.0, finished=7.0) for i in range(9)]
 
@@ -88,6 +95,26 @@ def test_requests_that_run_without_a_token_are_a_stall_after_the_whole_window() 
 
     assert alert.kind == "STALLED"
     assert at == looks[LOOKS_TO_FIRE + 3].at
+
+
+@pytest.mark.parametrize("beat", [4.98, 5.0, 5.02])
+def test_a_stall_after_good_work_is_told_at_the_second_look_past_its_length(beat: float) -> None:
+    """The tokens made before it neither delay the alert nor, at a beat slightly off 5 s, keep it away."""
+    looks = [up(beat * i, running=3.0, tokens=100.0 * min(i, 8), finished=7.0) for i in range(20)]
+
+    [(at, alert)] = told(looks)
+
+    since_last_token = (at - looks[8].at).total_seconds()
+    assert alert.kind == "STALLED"
+    assert THRESHOLDS["watch_stall_seconds"] < since_last_token <= THRESHOLDS["watch_stall_seconds"] + 2 * beat
+
+
+def test_a_stall_is_not_seen_across_a_missed_scrape_that_it_would_begin_at() -> None:
+    """Where the look far enough back got no page, what ran then is unknown: one look later it is told."""
+    looks = [up(5 * i, running=3.0, tokens=100.0, finished=7.0) for i in range(9)]
+    whole, [*_, (late, _)] = told(looks)[0][0], told([down(0), *looks[1:]])
+
+    assert late - whole == STEP
 
 
 def test_a_restart_is_no_failure() -> None:
