@@ -70,12 +70,13 @@ def main(replicas: int) -> None:
             windows = read_windows(connection, fleet, END, values)
         read = time.perf_counter()
         diagnoses = diagnose_all(windows, values)
-        judged = time.perf_counter()
+        judged, cpu = time.perf_counter(), time.process_time()
         refreshed = FindingsStore(fleet, warehouse, lambda: END).refresh()
-        whole = time.perf_counter()
+        whole, cpu = time.perf_counter(), time.process_time() - cpu
     found = sum(len(one.findings) for one in diagnoses)
     print(f"{replicas} replicas, {len(diagnoses)} subjects, {found} findings")
-    print(f"read {read - begun:.2f} s   judge {judged - read:.2f} s   whole refresh {whole - judged:.2f} s")
+    cost = f"{whole - judged:.2f} s wall {cpu:.2f} s CPU"
+    print(f"read {read - begun:.2f} s   judge {judged - read:.2f} s   whole refresh {cost}")
     print(f"stored: {len(refreshed.findings)} findings, {len(refreshed.abstentions)} abstentions")
 
 

@@ -80,3 +80,44 @@ def phase(*folders: Path, **options: Any) -> EngineWindow:
     """One recorded phase (or some, in order) as one window."""
     pages = pages_of(*folders)
     return window_of(frames([(page, scraped_at(page, place)) for place, page in enumerate(pages)]), **options)
+
+
+def five_minutes(tables: dict[str, pl.DataFrame], end: datetime) -> EngineWindow:
+    """The window that a refresh at `end` would look at; it knows nothing later."""
+    seen = {
+        name: frame.filter(pl.col("scraped_at") <= end) if "scraped_at" in frame.columns else frame
+        for name, frame in tables.items()
+    }
+    return window_of(seen, start=end - timedelta(minutes=5), end=end)
+
+
+# What goes on from one round of `going_on` to the next: counters, by the keys that tell their series apart.
+_COUNTED = {
+    "raw_scrapes": ((), ()),
+    "raw_engine_samples": (("engine_rank",), ()),
+    "raw_engine_histograms": (("engine_rank", "metric"), ("bucket_counts", "sum_value", "count_value")),
+}
+
+
+def going_on(folder: Path, length: timedelta) -> dict[str, pl.DataFrame]:
+    """Raw tables of a phase whose pages come again and again from EPOCH on, at their own pace, for `length`.
+
+    A round begins with the last page of the one before, and its counters go on from there: rates stay what was
+    recorded, and nothing looks like a restart.
+    """
+    timed = [(page, scraped_at(page, place)) for place, page in enumerate(pages_of(folder))]
+    tables, first, span = frames(timed), timed[0][1], timed[-1][1] - timed[0][1]
+    for name, (series, counters) in _COUNTED.items():
+        frame = tables[name].sort("scraped_at")
+        counted = counters or [column for column in frame.columns if column.endswith("_total")]
+        rise = {column: pl.col(column).last() - pl.col(column).first() for column in counted}
+        rises = frame.with_columns((by.over(series) if series else by).alias(f"+{name}") for name, by in rise.items())
+        rounds = [
+            rises.filter((pl.col("scraped_at") > first) | (n == 0)).with_columns(
+                pl.col("scraped_at") + (EPOCH - first + n * span),
+                *(pl.col(column) + pl.col(f"+{column}") * float(n) for column in counted),
+            )
+            for n in range(-(-length // span))
+        ]
+        tables[name] = pl.concat(rounds).select(frame.columns).filter(pl.col("scraped_at") <= EPOCH + length)
+    return tables

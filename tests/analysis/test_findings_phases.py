@@ -20,7 +20,9 @@ from optiinfra_pipelines.sql.models import Models
 from tests.analysis.findings_recordings import (
     EPOCH,
     RECORDINGS,
+    five_minutes,
     frames,
+    going_on,
     pages_of,
     phase,
     scraped_at,
@@ -179,23 +181,31 @@ QUIET = (
 
 @pytest.mark.parametrize("folder", QUIET)
 def test_half_an_hour_of_quiet_pages_gives_no_finding(folder: str) -> None:
-    """Idle, light and drained pages, over and over for 30 minutes, judged every 2 minutes on 5: nothing is wrong."""
-    pages = pages_of(RECORDINGS / folder)
-    timed = [(pages[n % len(pages)], EPOCH + n * timedelta(seconds=5)) for n in range(360)]
-    tables = frames(timed)
+    """Idle, light and drained pages, on and on for 30 minutes, judged every 2 minutes on 5: nothing is wrong."""
+    tables = going_on(RECORDINGS / folder, timedelta(minutes=30))
     found = set()
     for minute in range(5, 31, 2):
         end = EPOCH + timedelta(minutes=minute)
-        seen = {name: _upto(frame, end) for name, frame in tables.items()}
-        found |= told(
-            diagnose(window_of(seen, start=end - timedelta(minutes=5), end=end - timedelta(seconds=5)), VALUES)
-        )
+        found |= told(diagnose(five_minutes(tables, end), VALUES))
 
     assert found == set()
 
 
-def _upto(frame: pl.DataFrame, end: datetime) -> pl.DataFrame:
-    return frame.filter(pl.col("scraped_at") < end) if "scraped_at" in frame.columns else frame
+def test_pages_that_go_on_keep_their_rate_and_show_no_restart() -> None:
+    """Half an hour of the light phase makes tokens at the phase's own rate, and no counter ever falls."""
+    once = frames([(page, scraped_at(page, 0)) for page in pages_of(RECORDINGS / VLLM / "02_light_c1")])
+    tables = going_on(RECORDINGS / VLLM / "02_light_c1", timedelta(minutes=30))
+
+    def rate(samples: pl.DataFrame) -> float:
+        span = samples["scraped_at"][-1] - samples["scraped_at"][0]
+        return float(samples["generation_tokens_total"][-1] - samples["generation_tokens_total"][0]) / float(
+            span.total_seconds()
+        )
+
+    made = tables["raw_engine_samples"]
+    assert rate(made) == pytest.approx(rate(once["raw_engine_samples"]), rel=0.02)
+    assert made["generation_tokens_total"].is_sorted()
+    assert tables["raw_engine_histograms"].filter(pl.col("metric") == "queue_seconds")["count_value"].is_sorted()
 
 
 @pytest.mark.parametrize("folder", [f for f, truth in TRUTH.items() if truth])
