@@ -64,10 +64,13 @@ def read_known(cursor: str | None) -> Known:
 
 def tell(outlet: AlertOutlet, known: Known, fired: Sequence[Alert], resolved: Sequence[Alert]) -> Told:
     """Log and deliver what began and what is over, and try again what could not be delivered."""
-    undelivered = [alert for alert in known.undelivered if not outlet.post(alert)]
     for alert in (*fired, *resolved):
         outlet.log(alert)
-        if not outlet.post(alert):
+    undelivered: list[Alert] = []
+    for alert in (*known.undelivered, *fired, *resolved):
+        # The end of an alert waits for its beginning: the last message about it must be the one that holds.
+        is_held = any(alert.key == earlier.key for earlier in undelivered)
+        if is_held or not outlet.post(alert):
             undelivered.append(alert)
     over = {alert.key for alert in resolved}
     still_open = {key: alert for key, alert in known.open.items() if key not in over}

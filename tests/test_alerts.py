@@ -100,6 +100,18 @@ def test_a_message_the_webhook_did_not_take_is_tried_again_and_delivered_once(we
     assert len(webhook.messages) == 1
 
 
+def test_the_end_of_an_alert_is_not_delivered_before_its_beginning(webhook: Webhook) -> None:
+    """The webhook is away until the tick in which the outage ends, and takes every other message from then on."""
+    watch = Watch(webhook)
+    webhook.statuses = [503, 503, 503, 503]
+
+    for is_up in (True, False, False, True, True, True, True, True):
+        watch.tick(is_up)
+
+    assert [message.split(":")[0] for message in webhook.messages] == ["TARGET_DOWN", "resolved"]
+    assert json.loads(watch.cursor or "{}")["undelivered"] == []
+
+
 def test_a_wrong_url_is_not_tried_for_ever(webhook: Webhook) -> None:
     watch = Watch(webhook)
     webhook.statuses = [404]
