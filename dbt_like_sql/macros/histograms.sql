@@ -140,6 +140,21 @@ create or replace macro repaired_interval(q, repaired) as
 create or replace macro histogram_quantile_interval(q, upper_bounds, cumulative) as
     repaired_interval(q, histogram_repaired(upper_bounds, cumulative));
 
+-- What tables tell of a histogram that `histogram_repaired` made, as one struct to unnest into columns. A quantile is
+-- known no better than its bucket: lower and upper hold it whatever the definition.
+create or replace macro repaired_summary(repaired) as
+    {
+        'p50_value': known(repaired_quantile(0.5, repaired)),
+        'p50_lower': repaired_interval(0.5, repaired).lower,
+        'p50_upper': repaired_interval(0.5, repaired).upper,
+        'p95_value': known(repaired_quantile(0.95, repaired)),
+        'p95_lower': repaired_interval(0.95, repaired).lower,
+        'p95_upper': repaired_interval(0.95, repaired).upper,
+        'p99_value': known(repaired_quantile(0.99, repaired)),
+        'p99_lower': repaired_interval(0.99, repaired).lower,
+        'p99_upper': repaired_interval(0.99, repaired).upper
+    };
+
 -- Share of observations at or under a bound, exact because only bucket edges are answered: NULL for any other bound.
 create or replace macro histogram_share_at_or_under(bound, upper_bounds, cumulative) as
     list_transform(

@@ -71,15 +71,7 @@ measured as (
         * exclude (repaired),
         count(*) over (partition by deployment, vantage, metric, is_proxy, period_at) as bounds_count,
         ratio(observation_sum, observation_count) as mean_value,
-        known(repaired_quantile(0.5, repaired)) as p50_value,
-        repaired_interval(0.5, repaired).lower as p50_lower,
-        repaired_interval(0.5, repaired).upper as p50_upper,
-        known(repaired_quantile(0.95, repaired)) as p95_value,
-        repaired_interval(0.95, repaired).lower as p95_lower,
-        repaired_interval(0.95, repaired).upper as p95_upper,
-        known(repaired_quantile(0.99, repaired)) as p99_value,
-        repaired_interval(0.99, repaired).lower as p99_lower,
-        repaired_interval(0.99, repaired).upper as p99_upper
+        unnest(repaired_summary(repaired))
 
     from bounded
 

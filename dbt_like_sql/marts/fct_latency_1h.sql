@@ -41,34 +41,13 @@ bounded as (
 
 measured as (
 
-    -- A quantile is known no better than its bucket: the interval holds it whatever the definition.
     select
         * exclude (repaired),
         ratio(observation_sum, observation_count) as mean_value,
-        known(repaired_quantile(0.5, repaired)) as p50_value,
-        repaired_interval(0.5, repaired) as p50_interval,
-        known(repaired_quantile(0.95, repaired)) as p95_value,
-        repaired_interval(0.95, repaired) as p95_interval,
-        known(repaired_quantile(0.99, repaired)) as p99_value,
-        repaired_interval(0.99, repaired) as p99_interval
+        unnest(repaired_summary(repaired))
 
     from bounded
 
-),
-
-final as (
-
-    select
-        * exclude (p50_interval, p95_interval, p99_interval),
-        p50_interval.lower as p50_lower,
-        p50_interval.upper as p50_upper,
-        p95_interval.lower as p95_lower,
-        p95_interval.upper as p95_upper,
-        p99_interval.lower as p99_lower,
-        p99_interval.upper as p99_upper
-
-    from measured
-
 )
 
-select * from final
+select * from measured
