@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import settings
 
 # A landing must not hang on the luck of a draw or on a busy machine: there the same examples are tried each time.
@@ -14,10 +16,16 @@ settings.register_profile("landing", derandomize=True, deadline=None)
 if os.environ.get("CI"):
     settings.load_profile("landing")
 
-# Files that share one run of the demo, and files that take a minute: those begin, so that neither worker ends alone.
-OF_THE_DEMO = {"test_demo.py", "test_readme.py"}
+# Two workers take whole files; those that take a minute begin, so that neither worker ends alone.
 LONG = ("test_house.py", "test_demo.py", "test_readme.py", "test_up.py", "test_jobs.py", "test_kills.py")
 OPTIINFRA = str(Path(sys.executable).parent / "optiinfra")
+
+
+@pytest.fixture(autouse=True)
+def logs_as_they_were() -> Iterator[None]:
+    """What one test sets up for its logs says nothing in another."""
+    yield
+    structlog.reset_defaults()
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,5 @@ def demo_once(tmp_path_factory: pytest.TempPathFactory) -> DemoOnce:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two workers take whole files, the long ones first: what a file shares is made once."""
-    for item in items:
-        group = "demo" if item.path.name in OF_THE_DEMO else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+    """The long files begin."""
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))

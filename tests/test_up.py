@@ -70,7 +70,7 @@ def test_numbers_come_by_themselves_and_sigterm_leaves_nothing_running(tmp_path:
         until(lambda: materializations(port, "raw_host_samples") > 0, 60)
 
         other = start(home, free_port())
-        assert "another optiinfra" in (other.communicate(timeout=60)[0])
+        assert "another optiinfra" in (other.communicate(timeout=120)[0])
         assert other.returncode != 0
     finally:
         family = [psutil.Process(product.pid), *psutil.Process(product.pid).children(recursive=True)]

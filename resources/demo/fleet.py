@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from optiinfra_pipelines.domain.fleet import ModelShape
+from optiinfra_pipelines.domain.fleet import ModelShape, Objective
 from resources.demo.replay import Recording, ReplayServer, load_recording
 
 # A recorded phase of trouble lasts about a minute, so as shipped (five minutes, twice) none would call for a change.
@@ -35,6 +35,7 @@ class Shown:
     truth: str
     shape: ModelShape | None = None
     engine: str | None = None
+    objectives: tuple[Objective, ...] = ()
 
 
 SHOWN: tuple[Shown, ...] = (
@@ -53,6 +54,8 @@ SHOWN: tuple[Shown, ...] = (
         ),
         "recording of a real vLLM 0.32 on CPU under real load",
         SMALL_LLAMA,
+        # At an edge of the histogram; light load keeps it, what the recording then went through does not.
+        objectives=(Objective(kind="ttft", threshold_seconds=5.0, target_ratio=0.95),),
     ),
     Shown(
         "llamacpp-recorded",
@@ -126,4 +129,5 @@ def write_demo_fleet(path: Path, server: ReplayServer, recordings: Sequence[Reco
 def _known(entry: Shown) -> dict[str, object]:
     """What fleet.yaml states of a deployment beside its name and model."""
     shape = {"shape": entry.shape.model_dump(exclude_defaults=True)} if entry.shape else {}
-    return shape | ({"engine": entry.engine} if entry.engine else {})
+    promised = [objective.model_dump() for objective in entry.objectives]
+    return shape | ({"engine": entry.engine} if entry.engine else {}) | ({"objectives": promised} if promised else {})

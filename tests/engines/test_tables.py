@@ -130,6 +130,7 @@ def test_a_plan_is_made_once_per_layout(recordings):
     from optiinfra_pipelines.engines import plan as plans
 
     text = (recordings / PAGES[3]).read_text()
+    gc.collect()  # what earlier tests left behind
     reader = Reader()
     layout = reader.read(text).layout
     first = plans.plan_for(layout)

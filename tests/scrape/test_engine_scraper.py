@@ -32,7 +32,7 @@ TTFT = "vllm:time_to_first_token_seconds"
 
 @pytest.fixture
 def endpoints() -> Iterator[MetricsEndpoints]:
-    with MetricsEndpoints(deadline_seconds=0.5) as client:
+    with MetricsEndpoints(deadline_seconds=2.0) as client:
         yield client
 
 

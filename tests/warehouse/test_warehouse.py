@@ -293,7 +293,8 @@ def test_two_processes_take_turns(tmp_path: Path) -> None:
         assert other.stdout.readline() == "stored other-0\n"
         for number in range(6):
             warehouse.append(f"own-{number}", scrapes(f"own-{number}"))
-        assert other.stdout.read().count("stored") == 5
+        told = other.stdout.read().splitlines()
+        assert [line for line in told if line.startswith("stored ")] == [f"stored other-{n}" for n in range(1, 6)]
 
     assert targets(warehouse) == sorted(f"{name}-{number}" for name in ("other", "own") for number in range(6))
 
