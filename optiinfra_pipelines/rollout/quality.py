@@ -16,6 +16,7 @@ from pydantic import Field
 from scipy.stats import beta, binomtest
 
 from optiinfra_pipelines.domain.base import Frozen
+from optiinfra_pipelines.domain.verdicts import VerdictKind
 
 # Fewer prompts cannot show a loss of one answer in ten.
 MIN_PROMPTS = 20
@@ -40,9 +41,12 @@ class Prompt(Frozen):
 
 
 class Quality(Frozen):
-    """What the comparison came to. most_lost_ratio: 95 % upper bound of answers lost less those won, per prompt."""
+    """What the comparison came to. most_lost_ratio: 95 % upper bound of answers lost less those won, per prompt.
 
-    is_good: bool
+    INCONCLUSIVE: these prompts, or this baseline, cannot show whether the candidate lost anything.
+    """
+
+    kind: VerdictKind
     reason: str
     most_lost_ratio: float | None = None
 
@@ -71,7 +75,7 @@ def compare(
 ) -> Quality:
     """Judge answers of (candidate, baseline) to each prompt. None is no answer, which is a wrong one.
 
-    again: the baseline's second answers. Good needs both: no loss beyond one in a hundred that does not look like
+    again: the baseline's second answers. PASS needs both: no loss beyond one in a hundred that does not look like
     chance, and a loss of more than MOST_LOST_RATIO excluded; a candidate that loses more passes at most once in twenty.
     """
     first = [_is_right(one, theirs) for one, (_, theirs) in zip(prompts, answers, strict=True)]
@@ -84,14 +88,15 @@ def compare(
     unsteady = len(prompts) - len(right)
     if unsteady > MOST_UNSTEADY_RATIO * len(prompts):
         why = f"the baseline contradicts itself on {unsteady} of {len(prompts)} prompts at temperature 0; use others"
-        return Quality(is_good=False, reason=why)
+        return Quality(kind=VerdictKind.INCONCLUSIVE, reason=why)
     ours, theirs = sum(one for one, _ in right), sum(other for _, other in right)
     lost = sum(1 for one, other in right if other and not one)
     won = sum(1 for one, other in right if one and not other)
     counts = f"{ours} of {len(right)} right, the baseline {theirs}"
     counts += f", {unsteady} left out as it contradicts itself on them" if unsteady else ""
     if theirs < MIN_BASELINE_RATIO * len(right):
-        return Quality(is_good=False, reason=f"{counts}: the baseline fails these prompts itself; use others")
+        reason = f"{counts}: the baseline fails these prompts itself; use others"
+        return Quality(kind=VerdictKind.INCONCLUSIVE, reason=reason)
     most = most_lost(lost, won, len(right))
     # Beyond the accepted loss a difference must look like chance to be let through (one-sided sign test): one lost
     # answer does, two lost and none won do not.
@@ -100,7 +105,8 @@ def compare(
     told = f"{counts}; {lost} lost, {won} won, chance {chance:.2f}; at most {most:.1%} lost with 95 % confidence"
     if is_equal and most > MOST_LOST_RATIO:
         told += f", {MOST_LOST_RATIO:.0%} must be shown: set more prompts"
-    return Quality(is_good=is_equal and most <= MOST_LOST_RATIO, reason=told, most_lost_ratio=most)
+    kind = VerdictKind.PASS if most <= MOST_LOST_RATIO else VerdictKind.INCONCLUSIVE
+    return Quality(kind=kind if is_equal else VerdictKind.FAIL, reason=told, most_lost_ratio=most)
 
 
 def most_lost(lost: int, won: int, prompts: int) -> float:

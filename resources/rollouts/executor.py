@@ -197,7 +197,7 @@ class Executor:
             return self._waiting(row, now)
         if self._paused_at is not None:
             # A step that waited begins anew, with fresh counts: what was seen meanwhile was not judged.
-            self.traffic_stage.leave()
+            self._leave()
             self._paused_at = None
         if row.position.stage is Stage.STAGING:
             return self.staging_stage.look(row, now)
@@ -273,8 +273,12 @@ class Executor:
     def pause(self, row: Rollout, why: PauseReason, reason: str, evidence: Mapping[str, Any] | None = None) -> Progress:
         """Wait for a person. Traffic stays where it is, under guard, unless it was taken off before."""
         row = self.move(row, Input.PAUSE, reason, pause=why, evidence=evidence)
-        self.traffic_stage.leave()
+        self._leave()
         return Progress(row.position, False, reason)
+
+    def _leave(self) -> None:
+        self.staging_stage.leave()
+        self.traffic_stage.leave()
 
     def say(self, row: Rollout, now: Moment, message: str, numbers: Mapping[str, float] | None = None) -> Progress:
         """Go on as before; one line a minute in the log."""

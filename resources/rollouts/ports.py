@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any, Protocol
 
 from optiinfra_pipelines.domain.rollouts import Position, RolloutPlan
-from optiinfra_pipelines.domain.verdicts import Verdict
+from optiinfra_pipelines.domain.verdicts import Verdict, VerdictKind
 from optiinfra_pipelines.rollout.calibration import Calibration
 from optiinfra_pipelines.rollout.counts import ProcessPage
 from optiinfra_pipelines.rollout.guards import ReplicaHealth
@@ -56,9 +56,9 @@ class Feed(Protocol):
 
 @dataclass(frozen=True)
 class StagingReport:
-    """What a candidate did away from traffic."""
+    """What a candidate did away from traffic. FAIL ends the rollout; INCONCLUSIVE and NODATA wait for a person."""
 
-    is_good: bool
+    kind: VerdictKind
     reason: str
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
@@ -71,7 +71,10 @@ class Staging(Protocol):
         ...
 
     def test(self) -> StagingReport:
-        """Load the candidate and a stable replica alike, away from traffic; with prompts of known answers where set."""
+        """Load the candidate and a stable replica alike, away from traffic; with prompts of known answers where set.
+
+        Repeatable: another call asks other requests than the one before.
+        """
         ...
 
 

@@ -14,6 +14,7 @@ from scipy.stats import lognorm
 
 from optiinfra_pipelines.domain.rollout_policy import DryRunSettings
 from optiinfra_pipelines.domain.rollouts import RolloutPlan
+from optiinfra_pipelines.domain.verdicts import VerdictKind
 from optiinfra_pipelines.rollout.calibration import Calibration
 from optiinfra_pipelines.rollout.counts import Buckets, ProcessPage
 from optiinfra_pipelines.rollout.guards import ReplicaHealth
@@ -114,4 +115,4 @@ class SimulatedStaging:
         return None
 
     def test(self) -> StagingReport:
-        return StagingReport(True, "simulated: nothing was started or loaded", {"is_simulated": True})
+        return StagingReport(VerdictKind.PASS, "simulated: nothing was started or loaded", {"is_simulated": True})

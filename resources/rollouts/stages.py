@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from optiinfra_pipelines.domain.rollouts import PauseReason, Rollout, Stage, Step
+from optiinfra_pipelines.domain.verdicts import VerdictKind
 from optiinfra_pipelines.rollout.counts import CountTracker, arm_tick
 from optiinfra_pipelines.rollout.gate import step_refusal
 from optiinfra_pipelines.rollout.guards import ArmTotals, Guards
@@ -46,13 +47,17 @@ class StagingStage:
     def __init__(self, executor: Executor, feed: Feed, staging: Staging) -> None:
         self._executor = executor
         self._feed = feed
-        self._staging = staging
+        self._background = Background(staging)
+        self.leave()
+
+    def leave(self) -> None:
+        """Forget what was tried: the next look begins the stage anew, with a test of its own."""
         self._began: float | None = None
         self._is_started = False
-        self._background = Background(staging)
+        self._background.forget()
 
     def look(self, row: Rollout, now: Moment) -> Progress:
-        """One look. Everything in it may be repeated by the next executor."""
+        """One look. Everything in it may be repeated by the next executor, or after a pause."""
         executor = self._executor
         if self._began is None:
             self._began = now.seconds
@@ -72,11 +77,14 @@ class StagingStage:
         steps = plan_steps(row.proposal.plan, traffic, stake=calibration.stake, seed=PLAN_SEED)
         if isinstance(steps, PlanRefusal):
             return executor.fail(row, now, f"plan: {steps.reason}")
-        report = self._tested()
+        report = self._background.tested()
         if report is None:
             return executor.say(row, now, "staging: the candidate is being tested")
-        if not report.is_good:
-            return executor.fail(row, now, f"staging test: {report.reason}", dict(report.evidence))
+        if report.kind is VerdictKind.FAIL:
+            return executor.fail(row, now, f"staging test: {report.reason}", {"test": dict(report.evidence)})
+        if report.kind is not VerdictKind.PASS:
+            reason = f"staging test {report.kind}: {report.reason}; resume_rollout repeats it, abort_rollout ends it"
+            return executor.pause(row, PauseReason.INCONCLUSIVE, reason, {"test": dict(report.evidence)})
         evidence = {
             "requests_per_second": traffic.requests_per_second,
             "steps": [step.model_dump(mode="json") for step in steps],
@@ -114,9 +122,6 @@ class StagingStage:
             self._is_started = True
         return self._background.not_ready(now)
 
-    def _tested(self) -> StagingReport | None:
-        return self._background.tested()
-
 
 class Background:
     """Asks a candidate in a thread: a load test or a completion that hangs must not stop the looks and the lease."""
@@ -139,10 +144,17 @@ class Background:
         return why
 
     def tested(self) -> StagingReport | None:
-        """The report of the one test; None while it runs."""
+        """The report of the test; None while it runs."""
         if self._test is None:
             self._test = self._pool.submit(self._staging.test)
         return self._test.result() if _is_done(self._test) else None
+
+    def forget(self) -> None:
+        """Ask and test anew. What still runs ends first: two loads at once would measure each other."""
+        for asked in (self._ready, self._test):
+            if asked is not None:
+                asked.cancel()
+        self._ready = self._test = None
 
 
 def _is_done(future: Future[Any]) -> bool:

@@ -81,6 +81,7 @@ class HttpStaging:
         self._kv_tokens = kv_tokens
         self._expected_kv_tokens = expected_kv_tokens
         self._proven: set[str] = set()
+        self._rounds = 0
 
     @cached_property
     def _client(self) -> httpx.Client:
@@ -105,20 +106,16 @@ class HttpStaging:
         try:
             ours_all, theirs_all = self._target.started_arm(), self._target.stable_arm()
         except TargetError as error:
-            return StagingReport(False, f"the replicas cannot be found: {error}")
+            return StagingReport(VerdictKind.NODATA, f"the replicas cannot be found: {error}")
         if not ours_all or not theirs_all:
             missing = "candidate" if not ours_all else "stable replica"
-            return StagingReport(False, f"no {missing} is there to be tested")
+            return StagingReport(VerdictKind.NODATA, f"no {missing} is there to be tested")
         candidate, stable = ours_all[0], theirs_all[0]
         mix = self._mix()
         verdict, evidence = self._loaded(candidate, stable, mix)
         evidence["load"] = describe(mix)
-        if verdict.kind is VerdictKind.FAIL:
-            return StagingReport(False, verdict.reason, evidence)
         if verdict.kind is not VerdictKind.PASS:
-            return StagingReport(
-                False, f"{verdict.kind}: {verdict.reason}; it is tried again when proposed anew", evidence
-            )
+            return StagingReport(verdict.kind, verdict.reason, evidence)
         if self._prompts:
             asked = [one.prompt for one in self._prompts]
             ours = [self._ask(candidate, one, QUALITY_TOKENS).text for one in asked]
@@ -128,17 +125,19 @@ class HttpStaging:
             evidence["identical_answers"] = sum(
                 one is not None and one == other for one, other in zip(ours, theirs, strict=True)
             )
-            if not quality.is_good:
-                return StagingReport(False, f"quality: {quality.reason}", evidence)
-        return StagingReport(True, verdict.reason, evidence)
+            if quality.kind is not VerdictKind.PASS:
+                return StagingReport(quality.kind, f"quality: {quality.reason}", evidence)
+        return StagingReport(VerdictKind.PASS, verdict.reason, evidence)
 
     def _loaded(self, candidate: Replica, stable: Replica, mix: LoadMix) -> tuple[LoadVerdict, dict[str, Any]]:
         """Rounds of load at both until they tell them apart or are used up; and the numbers."""
         ours: list[_Answer] = []
         theirs: list[_Answer] = []
         verdict = LoadVerdict(VerdictKind.NODATA, "nothing was asked")
-        for index in range(MAX_ROUNDS):
-            planned = plan_round(mix, seed=_SEED, index=index)
+        for _ in range(MAX_ROUNDS):
+            # A repeated test asks new prompts: those of the one before lie in both arms' prefix caches.
+            planned = plan_round(mix, seed=_SEED, index=self._rounds)
+            self._rounds += 1
             with ThreadPoolExecutor(max_workers=2) as both:
                 at_candidate = both.submit(self._send, candidate, planned)
                 at_stable = both.submit(self._send, stable, [one for one in planned if one.is_compared])

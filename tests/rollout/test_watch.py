@@ -195,11 +195,11 @@ def right(count: int) -> list[str]:
     return [f"It is {number + 1}." if number < count else "I do not know" for number in range(40)]
 
 
-@pytest.mark.parametrize(("ours", "is_good"), [(40, True), (39, True), (38, False), (30, False), (0, False)])
-def test_a_candidate_that_knows_less_fails_the_quality_gate(ours: int, is_good: bool) -> None:
+@pytest.mark.parametrize(("ours", "kind"), [(40, "PASS"), (39, "PASS"), (38, "FAIL"), (30, "FAIL"), (0, "FAIL")])
+def test_a_candidate_that_knows_less_fails_the_quality_gate(ours: int, kind: str) -> None:
     found = compare(PROMPTS, list(zip(right(ours), right(40), strict=True)))
 
-    assert found.is_good is is_good, found.reason
+    assert found.kind == kind, found.reason
 
 
 def test_a_candidate_that_loses_a_fifth_passes_at_most_once_in_twenty() -> None:
@@ -211,7 +211,7 @@ def test_a_candidate_that_loses_a_fifth_passes_at_most_once_in_twenty() -> None:
         passed = 0.0
         for lost in range(prompts):
             texts = [("" if number < lost else str(number), str(number)) for number in range(prompts)]
-            if not compare(asked, texts).is_good:
+            if compare(asked, texts).kind is not VerdictKind.PASS:
                 break
             passed += float(binom.pmf(lost, prompts, lost_ratio))
         assert passed <= 0.05
@@ -222,23 +222,27 @@ def test_prompts_on_which_the_baseline_contradicts_itself_are_left_out() -> None
     again = right(37)
     found = compare(PROMPTS, list(zip(right(37), right(40), strict=True)), again)
 
-    assert found.is_good, found.reason
+    assert found.kind is VerdictKind.PASS, found.reason
     assert "3 left out" in found.reason
-    assert "contradicts itself on 20 of 40" in compare(PROMPTS, [(text, text) for text in right(40)], right(20)).reason
+    unsteady = compare(PROMPTS, [(text, text) for text in right(40)], right(20))
+    assert unsteady.kind is VerdictKind.INCONCLUSIVE
+    assert "contradicts itself on 20 of 40" in unsteady.reason
 
 
 def test_few_prompts_show_little_even_without_a_loss() -> None:
     answers = list(zip(right(40), right(40), strict=True))
     few = compare(PROMPTS[:20], answers[:20])
 
-    assert not few.is_good
+    assert few.kind is VerdictKind.INCONCLUSIVE
     assert "set more prompts" in few.reason
-    assert compare(PROMPTS[:26], answers[:26]).is_good
+    assert compare(PROMPTS[:26], answers[:26]).kind is VerdictKind.PASS
 
 
 def test_no_answer_is_a_wrong_one_and_a_baseline_that_knows_nothing_proves_nothing() -> None:
-    assert not compare(PROMPTS, [(None, text) for text in right(40)]).is_good
-    assert "use others" in compare(PROMPTS, list(zip(right(40), right(10), strict=True))).reason
+    assert compare(PROMPTS, [(None, text) for text in right(40)]).kind is VerdictKind.FAIL
+    ignorant = compare(PROMPTS, list(zip(right(40), right(10), strict=True)))
+    assert ignorant.kind is VerdictKind.INCONCLUSIVE
+    assert "use others" in ignorant.reason
 
 
 def test_a_prompt_file_is_read_or_refused_by_line() -> None:

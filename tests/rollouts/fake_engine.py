@@ -1,11 +1,14 @@
 """A small HTTP server with an engine's API and metrics names, for rollouts under real traffic. It is no engine.
 
     python tests/rollouts/fake_engine.py --port 9001 [--max-num-seqs 64] [--latency-ms 20] [--error-ratio 0.0]
+        [--slow-every 0]
 
-Latencies are lognormal around --latency-ms; /metrics has vLLM's names. SIGTERM finishes what is in flight.
+Latencies are lognormal around --latency-ms; every --slow-every-th request takes 0.2 s more.
+/metrics has vLLM's names. SIGTERM finishes what is in flight.
 """
 
 import argparse
+import itertools
 import json
 import random
 import signal
@@ -25,7 +28,9 @@ def main() -> None:
     arguments.add_argument("--max-num-seqs", type=int, default=64)
     arguments.add_argument("--latency-ms", type=float, default=20.0)
     arguments.add_argument("--error-ratio", type=float, default=0.0)
+    arguments.add_argument("--slow-every", type=int, default=0)
     given = arguments.parse_args()
+    asked = itertools.count(1)
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     labels = {"model_name": "tiny", "engine": "0"}
@@ -51,6 +56,8 @@ def main() -> None:
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             with running.track_inprogress():
                 seconds = given.latency_ms / 1000 * rng.lognormvariate(0, 0.5)
+                is_slow = given.slow_every and next(asked) % given.slow_every == 0
+                seconds += 0.2 if is_slow else 0.0
                 time.sleep(seconds)
             if rng.random() < given.error_ratio:
                 self.answer(500, b"{}")

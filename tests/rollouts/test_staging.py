@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+from optiinfra_pipelines.domain.verdicts import VerdictKind
 from optiinfra_pipelines.rollout import staging_load
 from optiinfra_pipelines.rollout.quality import Prompt
 from resources.rollouts.clock import Moment
@@ -72,7 +73,7 @@ def test_a_candidate_like_its_peer_passes_and_the_load_is_on_record() -> None:
     with engine("--latency-ms", "5") as candidate, engine("--latency-ms", "5") as stable:
         report = staging(candidate, stable, mix=lambda: staging_load.LoadMix(requests_per_second=5.0)).test()
 
-    assert report.is_good, report.reason
+    assert report.kind is VerdictKind.PASS, report.reason
     assert report.evidence["requests"] == 40
     assert report.evidence["load"].startswith("open loop, 30 compared requests/s, the candidate beside 5 requests/s")
 
@@ -85,8 +86,27 @@ def test_one_that_is_far_slower_or_fails_its_requests_does_not() -> None:
     ):
         assert "took over 3x" in (slower := staging(slow, stable).test()).reason
         assert "requests failed" in (failing := staging(broken, stable).test()).reason
-    assert not slower.is_good
-    assert not failing.is_good
+    assert slower.kind is VerdictKind.FAIL
+    assert failing.kind is VerdictKind.FAIL
+
+
+@pytest.mark.slow
+def test_one_whose_every_second_request_is_slow_is_inconclusive_and_may_be_tried_again() -> None:
+    """Half of the requests over the limit, after all rounds: neither broken nor fine. The repetition asks anew."""
+    with engine("--latency-ms", "5") as stable, engine("--latency-ms", "5", "--slow-every", "2") as wavering:
+        tried = staging(wavering, stable)
+        report, again = tried.test(), tried.test()
+
+    assert report.kind is again.kind is VerdictKind.INCONCLUSIVE
+    assert report.evidence["requests"] == again.evidence["requests"] == 120
+    assert "shows neither" in report.reason
+
+
+def test_a_candidate_that_is_not_there_is_no_data() -> None:
+    report = HttpStaging(cast(ServedTarget, Arms([], [])), model="tiny").test()
+
+    assert report.kind is VerdictKind.NODATA
+    assert "no candidate" in report.reason
 
 
 def test_a_cache_smaller_than_planned_is_not_ready() -> None:
@@ -107,7 +127,7 @@ def test_the_baseline_answers_the_quality_prompts_twice() -> None:
         only_stable = [one.model_copy(update={"expect": f"(?<!{port})$"}) for one in prompts]
         bad = staging(candidate, stable, prompts=only_stable).test()
 
-    assert good.is_good, good.reason
+    assert good.kind is VerdictKind.PASS, good.reason
     assert good.evidence["identical_answers"] == 0
-    assert not bad.is_good
+    assert bad.kind is VerdictKind.FAIL
     assert bad.reason.startswith("quality: 0 of 30 right, the baseline 30; 30 lost")
