@@ -294,6 +294,10 @@ def _check_deployment(document: Document, path: KeyPath, deployment: Mapping[str
     low, high = deployment.get("min_replicas"), deployment.get("max_replicas")
     if isinstance(low, str) and isinstance(high, str) and low.isdigit() and high.isdigit() and int(low) > int(high):
         document.complain((*path, "max_replicas"), f"is {high}, below min_replicas {low}; swap them or raise it")
+    flags = deployment.get("flags")
+    for flag in flags if isinstance(flags, dict) else ():
+        if flag.startswith("-"):
+            document.complain((*path, "flags", flag), f"wants the flag without its dashes: {flag.lstrip('-')}")
     for index, objective in entries_of(deployment.get("objectives")).items():
         here = (*path, "objectives", index)
         kind = objective.get("kind")

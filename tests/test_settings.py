@@ -114,6 +114,7 @@ FAULTS = {
     "deployments: [{name: a, model: m, gpus_per_replica: true}]": "wants a whole number of GPUs",
     "deployments: [{name: a, model: m, objectives: [{kind: availability, target_ratio: 99%}]}]": "(99 % is 0.99)",
     "deployments: [{name: a, model: m, objectives: [{kind: availability, target_ratio: 99}]}]": "must be less than 1",
+    "deployments: [{name: a, model: m, flags: {--max-num-seqs: 256}}]": "without its dashes: max-num-seqs",
     # Names and references
     "targets: [{name: a b, url: http://x/m}]": "targets[0].name: wants letters, digits",
     "targets: [{name: a, url: x:8000/metrics}]": "wants a full URL, such as http://10.0.0.5:8000/metrics; got 'x:8000",

@@ -105,9 +105,11 @@ def test_a_faulty_fleet_is_told_with_its_line_before_anything_starts(tmp_path: P
 
 
 def test_check_tells_a_down_target_and_fails(tmp_path: Path) -> None:
-    """The doctor's exit status says whether all that fleet.yaml names can be read; alerts that cannot fire are told."""
+    """The doctor's exit status says whether all that fleet.yaml names can be read; alerts that cannot fire and flags
+    that nothing reads are told."""
     fleet = tmp_path / "fleet.yaml"
     promised = "deployments:\n  - {name: a, model: m, objectives: [{kind: error_ratio, target_ratio: 0.9}]}\n"
+    promised += "  - {name: b, model: m, engine: vllm, flags: {max-num-seq: 8, block-size: 16}}\n"
     fleet.write_text("targets:\n  - {name: gone, url: 'http://127.0.0.1:1/metrics'}\n" + promised + FLEET)
     done = subprocess.run(
         [OPTIINFRA, "--fleet", str(fleet), "check"], capture_output=True, text=True, check=False, timeout=60
@@ -117,3 +119,4 @@ def test_check_tells_a_down_target_and_fails(tmp_path: Path) -> None:
     assert "gone" in done.stdout
     assert "connect_refused" in done.stdout
     assert "can never fire" in done.stdout
+    assert "flags of b: no advice for vllm reads max-num-seq;" in " ".join(done.stdout.split())

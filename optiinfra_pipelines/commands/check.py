@@ -10,6 +10,7 @@ import click
 
 from optiinfra_pipelines.analysis.burn_rate import never_firing
 from optiinfra_pipelines.analysis.objectives import objectives_of
+from optiinfra_pipelines.analysis.recommendations.flags import unread_flags
 from optiinfra_pipelines.commands.console import console
 from optiinfra_pipelines.settings import Paths, SettingsError, load_fleet
 from optiinfra_pipelines.settings_rollouts import rollout_warnings
@@ -29,6 +30,12 @@ def run(paths: Paths, environ: Mapping[str, str]) -> None:
     for warning in rollout_warnings(fleet, environ):
         console.print(f"! rollouts: {warning}")
     for deployment in fleet.deployments:
+        unread = unread_flags(deployment.engine, deployment.flags) if deployment.engine else []
+        if unread:
+            console.print(
+                f"! flags of {deployment.name}: no advice for {deployment.engine} reads {', '.join(unread)}; check the "
+                "spelling, or leave them out"
+            )
         for objective in objectives_of(deployment)[0]:
             for warning in never_firing(objective):
                 console.print(f"! objectives of {deployment.name}: {warning}")

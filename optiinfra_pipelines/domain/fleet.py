@@ -102,6 +102,10 @@ class Deployment(Frozen):
     min_replicas: Annotated[int, Field(ge=0)] = 1
     max_replicas: Annotated[int, Field(ge=1)] | None = None
     objectives: tuple[Objective, ...] = ()
+    flags: dict[str, str] = Field(
+        default_factory=dict,
+        description="Engine flags it runs with that its page does not tell, without leading dashes; the page wins.",
+    )
 
 
 class Series(Frozen):

@@ -19,6 +19,7 @@ from optiinfra_pipelines.analysis.ledger.accuracy import past_effects
 from optiinfra_pipelines.analysis.ledger.effect import DUE, LEVEL, PERIOD, measure_effect
 from optiinfra_pipelines.analysis.recommendations.context import Context, GpuFacts
 from optiinfra_pipelines.analysis.recommendations.derive import Advice, Group, recommend
+from optiinfra_pipelines.analysis.recommendations.flags import declared_knobs
 from optiinfra_pipelines.analysis.recommendations.measures import Measures, measure_targets
 from optiinfra_pipelines.analysis.recommendations.rules import DAILY
 from optiinfra_pipelines.domain.findings import Subject
@@ -176,6 +177,7 @@ class Deriver:
                 deployment=deployment,
                 replicas=max(1, sum(one.vantage == "engine" for one in seen)),
                 shape=shape_of(deployment),
+                declared=declared_knobs(engine, deployment.flags if deployment else {}),
                 gpu=facts,
                 price=price_of(
                     (deployment.gpu if deployment else None) or facts.name,

@@ -115,6 +115,7 @@ def with_context(measures: Measures, context: Context) -> Measures:
     """The measures and those that need more than the target's own rows."""
     values = dict(measures.values)
     budget = values.get("token_budget") or whole(context.declared.get("token_budget"))
+    declared = whole(context.declared.get("max_sequences"))  # of one rank, as the flag is
     steps = measures.histograms.get("step_tokens")
     upper = steps.quantile_bounds(0.9) if steps is not None else None
     waiting, deferred = values.get("waiting_mean"), values.get("waiting_deferred_mean")
@@ -123,7 +124,7 @@ def with_context(measures: Measures, context: Context) -> Measures:
     caching = measures.settings.get("enable_prefix_caching")
     values |= {
         "token_budget": budget,
-        "slots": values.get("slots") or whole(context.declared.get("max_sequences")),
+        "slots": values.get("slots") or (declared * measures.ranks if declared else None),
         # The bucket edge above quantile 0.9 of the tokens in a step; the budget itself is the ceiling.
         "budget_use_ratio": min(1.0, upper[1] / budget) if upper and budget else None,
         "deferred_share_ratio": deferred / waiting if deferred is not None and waiting else None,

@@ -16,7 +16,8 @@ from optiinfra_pipelines.analysis.recommendations.evidence import evidence
 from optiinfra_pipelines.analysis.recommendations.flags import GROUPS, render
 from optiinfra_pipelines.analysis.recommendations.limits import MIN_REPLICA_SHARE, OPPOSITE_HOURS
 from optiinfra_pipelines.analysis.recommendations.measures import Measures
-from optiinfra_pipelines.analysis.recommendations.rules import BY_NAME, RULES, Rule, check
+from optiinfra_pipelines.analysis.recommendations.rule import Rule, check
+from optiinfra_pipelines.analysis.recommendations.rules import BY_NAME, RULES
 from optiinfra_pipelines.analysis.recommendations.sizing import SIZINGS as BATCH_SIZINGS
 from optiinfra_pipelines.analysis.recommendations.sizing_memory import SIZINGS as MEMORY_SIZINGS
 from optiinfra_pipelines.analysis.recommendations.sizing_other import SIZINGS as OTHER_SIZINGS

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from optiinfra_pipelines.analysis.recommendations.measures import Measures
-from optiinfra_pipelines.analysis.recommendations.rules import DAILY, Rule
+from optiinfra_pipelines.analysis.recommendations.rule import Rule
+from optiinfra_pipelines.analysis.recommendations.rules import DAILY
 from optiinfra_pipelines.domain.evidence import Signal, Statistic
 
 

@@ -169,6 +169,23 @@ def find_flag(engine: Engine | None, version: str | None, knob: Knob) -> Flag | 
     return flag
 
 
+def declared_knobs(engine: Engine | None, flags: Mapping[str, str]) -> dict[Knob, str]:
+    """Knobs whose value a person wrote down, from the engine's flags as they are typed ('_' for '-' is the same)."""
+    written = {_spelled(flag): value for flag, value in flags.items()}
+    known = FLAGS.get(engine, {}) if engine is not None else {}
+    return {knob: written[_spelled(flag.flag)] for knob, flag in known.items() if _spelled(flag.flag) in written}
+
+
+def unread_flags(engine: Engine | None, flags: Mapping[str, str]) -> list[str]:
+    """Flags a person wrote down that stand for no knob of this engine; all of them where the engine is not known."""
+    known = {_spelled(flag.flag) for flag in FLAGS.get(engine, {}).values()} if engine is not None else set()
+    return sorted(flag for flag in flags if _spelled(flag) not in known)
+
+
+def _spelled(flag: str) -> str:
+    return flag.replace("_", "-")
+
+
 def needs_version(flag: Flag, version: str | None) -> str:
     """What to add to a proposal whose flag is young when the page does not tell the version; '' otherwise."""
     return (

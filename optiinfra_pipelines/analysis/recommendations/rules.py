@@ -1,169 +1,25 @@
 """The tuning rules as data: what must be seen, what is turned, what can go wrong, how to check and undo, who says so.
 
 A rule holds when all its conditions do; one unknown measure and it abstains. How far a knob is turned is
-`sizing`, the measures are `measures`, the order of proposals is `derive`.
+`sizing`, the measures are `measures`, the order of proposals is `derive`, those about memory are `rules_memory`.
 Sources: V = vLLM docs/configuration/optimization.md; A = vLLM benchmarks/auto_tune/auto_tune.sh; J = our judgment.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
 
-from optiinfra_pipelines.analysis.recommendations.flags import Knob
-from optiinfra_pipelines.analysis.recommendations.measures import Measures
+from optiinfra_pipelines.analysis.recommendations.rule import BELOW_CEILING, QUEUED, RESTART, UNDO, Condition, Rule
+from optiinfra_pipelines.analysis.recommendations.rules_memory import MEMORY_RULES
 from optiinfra_pipelines.domain.findings import FindingKind
 from optiinfra_pipelines.domain.recommendations import ChangeKind
 
-Operator = Literal[">", ">=", "<", "<="]
-
-
-@dataclass(frozen=True)
-class Condition:
-    """One measure against one number, in the measure's unit."""
-
-    measure: str
-    operator: Operator
-    threshold: float
-    reason: str
-
-    def holds(self, value: float) -> bool:
-        match self.operator:
-            case ">":
-                return value > self.threshold
-            case ">=":
-                return value >= self.threshold
-            case "<":
-                return value < self.threshold
-            case "<=":
-                return value <= self.threshold
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One symptom and one change. after: rules that must have had nothing to propose first. risk_weight: 1 (undone in
-    a restart, no request lost) to 5 (another model to the users); expected effect is divided by it.
-    """
-
-    name: str
-    kind: ChangeKind
-    knob: Knob
-    sizing: str
-    direction: Literal["loosen", "tighten", "neutral"]
-    answers: tuple[FindingKind, ...]
-    conditions: tuple[Condition, ...]
-    reason: str
-    risk: str
-    risk_weight: int
-    verify: str
-    undo: str
-    source: str
-    after: tuple[str, ...] = ()
-    min_window_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What one rule says of one target. unknown: measures without a value that could still make it hold."""
-
-    rule: Rule
-    holds: bool
-    unknown: tuple[str, ...]
-
-
-# One event in a hundred requests is noise of a burst; the lower bound of the rate has to be above it.
-_PREEMPTING = Condition("preemptions_per_request_low", ">", 0.01, "surely more than one preemption in 100 requests")
-_KV_FULL = Condition("kv_usage_max_ratio", ">", 0.95, "no block left at the peak")
-# Half the samples: a queue that stands, not one that a burst leaves behind.
-_QUEUED = Condition("waiting_share_ratio", ">=", 0.5, "requests wait in at least half the samples")
 _KV_SPARE = Condition("kv_usage_max_ratio", "<", 0.7, "KV cache left over while they wait")
 _AT_CEILING = Condition("at_ceiling_ratio", ">=", 0.9, "the same number runs whenever something waits: a ceiling")
-_BELOW_CEILING = Condition("at_ceiling_ratio", "<", 0.9, "fewer run than could while others wait")
-_RESTART = "A restart per replica: minutes without it and a cold prefix cache."
-_UNDO = "Put the flag back to its current value and restart; replicas left unchanged carry the load meanwhile."
 
 RULES: tuple[Rule, ...] = (
-    Rule(
-        name="kv_memory_up",
-        kind=ChangeKind.KV_CACHE_SIZE,
-        knob="kv_memory_share",
-        sizing="kv_memory",
-        direction="loosen",
-        answers=(FindingKind.MEMORY_PRESSURE,),
-        conditions=(_PREEMPTING, _KV_FULL),
-        reason="Running requests are thrown out for lack of KV blocks and computed again; more blocks end it.",
-        risk=f"Out of memory at the peak, or a start that fails. {_RESTART}",
-        risk_weight=2,
-        verify="The page's cache size grows by the stated tokens; preemptions per request fall at equal load.",
-        undo=_UNDO,
-        source="V; A starts at 0.98 and steps down to 0.90 until a start succeeds",
-    ),
-    Rule(
-        name="max_sequences_down",
-        kind=ChangeKind.MAX_SEQUENCES,
-        knob="max_sequences",
-        sizing="slots_to_fit",
-        direction="tighten",
-        answers=(FindingKind.MEMORY_PRESSURE,),
-        conditions=(_PREEMPTING, _KV_FULL),
-        reason="More requests run than the KV cache holds to their end; a batch that fits is computed once.",
-        risk=f"The queue moves in front of the engine: time to first token rises for those who wait. {_RESTART}",
-        risk_weight=1,
-        verify="Preemptions per request fall to nearly none; output tokens per second do not fall.",
-        undo=_UNDO,
-        source="V",
-        after=("kv_memory_up",),
-    ),
-    Rule(
-        name="kv_dtype_fp8",
-        kind=ChangeKind.KV_CACHE_DTYPE,
-        knob="kv_dtype",
-        sizing="kv_dtype",
-        direction="loosen",
-        answers=(FindingKind.MEMORY_PRESSURE,),
-        conditions=(_PREEMPTING, _KV_FULL),
-        reason="The same memory holds twice the tokens at one byte a number.",
-        risk=f"Answers may get worse, and the attention backend must support it. {_RESTART}",
-        risk_weight=4,
-        verify="The page's cache size doubles; preemptions per request fall; the quality gate holds.",
-        undo=_UNDO,
-        source="J; vLLM docs/features/quantization/quantized_kvcache.md",
-        after=("kv_memory_up", "max_sequences_down"),
-    ),
-    Rule(
-        name="weights_fp8",
-        kind=ChangeKind.QUANTIZATION,
-        knob="weights_format",
-        sizing="weights_format",
-        direction="loosen",
-        answers=(FindingKind.MEMORY_PRESSURE,),
-        conditions=(_PREEMPTING, _KV_FULL),
-        reason="Weights in fewer bits leave their memory to the KV cache.",
-        risk=f"Another model to its users: answers may get worse. {_RESTART}",
-        risk_weight=5,
-        verify="The page's cache size grows by the stated tokens; the quality gate holds.",
-        undo="Serve the former weights again; keep the old replicas warm until the bake is over.",
-        source="V; arXiv 2411.02355: FP8 first on Hopper and later, INT8 on Ampere, INT4 for low batch",
-        after=("kv_memory_up", "max_sequences_down", "kv_dtype_fp8"),
-    ),
-    Rule(
-        name="tensor_parallel_up",
-        kind=ChangeKind.PARALLELISM,
-        knob="tensor_parallel",
-        sizing="tensor_parallel",
-        direction="loosen",
-        answers=(FindingKind.MEMORY_PRESSURE,),
-        conditions=(_PREEMPTING, _KV_FULL),
-        reason="Weights spread over twice the GPUs leave more of each to the KV cache.",
-        risk=f"Twice the GPUs per replica, and communication in every layer. {_RESTART}",
-        risk_weight=5,
-        verify="Cache size per replica grows by the stated tokens; output tokens per second and GPU do not fall.",
-        undo=_UNDO,
-        source="V",
-        after=("kv_memory_up", "max_sequences_down", "kv_dtype_fp8", "weights_fp8"),
-    ),
+    *MEMORY_RULES,
     Rule(
         name="max_sequences_up",
         kind=ChangeKind.MAX_SEQUENCES,
@@ -171,13 +27,13 @@ RULES: tuple[Rule, ...] = (
         sizing="slots_up",
         direction="loosen",
         answers=(FindingKind.QUEUE_BUILDUP, FindingKind.HIGH_LATENCY),
-        conditions=(_QUEUED, _KV_SPARE, _AT_CEILING),
+        conditions=(QUEUED, _KV_SPARE, _AT_CEILING),
         reason="Every batch slot is taken while KV cache stands empty: the slots hold requests back, not memory.",
-        risk=f"Each token takes longer in a larger batch; past the KV cache preemptions begin. {_RESTART}",
+        risk=f"Each token takes longer in a larger batch; past the KV cache preemptions begin. {RESTART}",
         risk_weight=1,
         verify="Requests waiting and time to first token fall; inter-token latency stays within its objective; no "
         "preemptions.",
-        undo=_UNDO,
+        undo=UNDO,
         source="A, J",
     ),
     Rule(
@@ -187,12 +43,12 @@ RULES: tuple[Rule, ...] = (
         sizing="token_budget_up",
         direction="loosen",
         answers=(FindingKind.QUEUE_BUILDUP, FindingKind.HIGH_LATENCY),
-        conditions=(_QUEUED, _KV_SPARE, _BELOW_CEILING, Condition("budget_use_ratio", ">=", 0.9, "steps are full")),
+        conditions=(QUEUED, _KV_SPARE, BELOW_CEILING, Condition("budget_use_ratio", ">=", 0.9, "steps are full")),
         reason="Steps are as full as the token budget allows while slots and KV cache are free.",
-        risk=f"Longer steps: inter-token latency rises while prompts are computed; less memory for KV. {_RESTART}",
+        risk=f"Longer steps: inter-token latency rises while prompts are computed; less memory for KV. {RESTART}",
         risk_weight=2,
         verify="Requests waiting and time to first token fall; inter-token latency stays within its objective.",
-        undo=_UNDO,
+        undo=UNDO,
         source="V: above 8192 for throughput",
     ),
     Rule(
@@ -203,16 +59,16 @@ RULES: tuple[Rule, ...] = (
         direction="loosen",
         answers=(FindingKind.QUEUE_BUILDUP, FindingKind.HOST_BOUND),
         conditions=(
-            _QUEUED,
+            QUEUED,
             _KV_SPARE,
-            _BELOW_CEILING,
+            BELOW_CEILING,
             Condition("cpu_cores_busy", ">=", 0.9, "the serving process fills a core"),
         ),
         reason="The process that tokenizes and answers fills its core while the engine has room.",
         risk="More processes on the host; metrics of several processes on one page.",
         risk_weight=2,
         verify="Requests waiting fall; CPU of each serving process falls below one core.",
-        undo=_UNDO,
+        undo=UNDO,
         source="V (api-server-count)",
     ),
     Rule(
@@ -223,7 +79,7 @@ RULES: tuple[Rule, ...] = (
         direction="neutral",
         answers=(FindingKind.QUEUE_BUILDUP,),
         conditions=(
-            _QUEUED,
+            QUEUED,
             Condition("deferred_share_ratio", ">", 0.5, "most of those waiting wait for something other than capacity"),
         ),
         reason="Requests wait for KV to be loaded: look at the connector's latency, timeouts and remote store.",
@@ -241,7 +97,7 @@ RULES: tuple[Rule, ...] = (
         direction="loosen",
         answers=(FindingKind.QUEUE_BUILDUP, FindingKind.HIGH_LATENCY),
         conditions=(
-            _QUEUED,
+            QUEUED,
             Condition("waiting_mean", ">", 1.0, "more than a request waits on average"),
             Condition("queue_share_ratio", ">", 0.5, "waiting is most of the time to the first token"),
         ),
@@ -251,7 +107,10 @@ RULES: tuple[Rule, ...] = (
         verify="Requests waiting per replica and time to first token fall once the replicas are ready.",
         undo="Scale back; drain before stopping.",
         source="J",
-        after=("max_sequences_up", "token_budget_up", "frontend_processes_up", "kv_memory_up", "max_sequences_down"),
+        after=(
+            *("max_sequences_up", "token_budget_up", "frontend_processes_up"),
+            *("kv_memory_up", "max_sequences_down", "kv_memory_for_queue"),
+        ),
     ),
     Rule(
         name="token_budget_down",
@@ -265,10 +124,10 @@ RULES: tuple[Rule, ...] = (
             Condition("ttft_burn", "<=", 1.0, "time to first token keeps its own"),
         ),
         reason="Prompts computed in large pieces hold the tokens of running requests up.",
-        risk=f"Prompts take more steps: time to first token rises. {_RESTART}",
+        risk=f"Prompts take more steps: time to first token rises. {RESTART}",
         risk_weight=2,
         verify="Inter-token latency falls; time to first token stays within its objective.",
-        undo=_UNDO,
+        undo=UNDO,
         source="V: 2048 for better inter-token latency",
     ),
     Rule(
@@ -280,10 +139,10 @@ RULES: tuple[Rule, ...] = (
         answers=(FindingKind.CACHE_INEFFICIENCY,),
         conditions=(Condition("prefix_caching_off", ">=", 1.0, "the page says that prefix caching is off"),),
         reason="Prompts share prefixes that are computed again each time.",
-        risk=f"Nearly none in V1; V0 spends a little on hashing. {_RESTART}",
+        risk=f"Nearly none in V1; V0 spends a little on hashing. {RESTART}",
         risk_weight=1,
         verify="The prefix hit ratio rises towards the workload's ceiling; prefill time per request falls.",
-        undo=_UNDO,
+        undo=UNDO,
         source="V",
     ),
     Rule(
@@ -295,10 +154,10 @@ RULES: tuple[Rule, ...] = (
         answers=(FindingKind.CACHE_INEFFICIENCY,),
         conditions=(Condition("cache_advice_bytes", ">", 0.0, "the reuse curve pays for a tier behind the GPU"),),
         reason="Prefixes come back after the GPU has dropped them; a tier behind it keeps them.",
-        risk=f"Host memory and PCIe time; slower than computing again on small models. {_RESTART}",
+        risk=f"Host memory and PCIe time; slower than computing again on small models. {RESTART}",
         risk_weight=2,
         verify="External hits grow; time to first token falls; loading a token stays cheaper than computing it.",
-        undo=_UNDO,
+        undo=UNDO,
         source="J; own reuse curve",
     ),
     Rule(
@@ -332,7 +191,7 @@ RULES: tuple[Rule, ...] = (
             Condition("itl_burn", ">", 1.0, "inter-token latency misses its objective"),
         ),
         reason="Decode is bound by reading weights; half the bytes are read in half the time.",
-        risk=f"Another model to its users: answers may get worse. {_RESTART}",
+        risk=f"Another model to its users: answers may get worse. {RESTART}",
         risk_weight=5,
         verify="Inter-token latency falls at equal batch size; the quality gate holds.",
         undo="Serve the former weights again; keep the old replicas warm until the bake is over.",
@@ -383,15 +242,3 @@ RULES: tuple[Rule, ...] = (
 # Rules about a whole day and its peak; the others look at one window of minutes.
 DAILY = tuple(rule for rule in RULES if rule.min_window_seconds > 3600)
 BY_NAME: Mapping[str, Rule] = MappingProxyType({rule.name: rule for rule in RULES})
-
-
-def check(rule: Rule, measures: Measures) -> Checked:
-    """Whether a rule holds for one target. A condition that fails settles it, whatever else is unknown."""
-    unknown: list[str] = []
-    for condition in rule.conditions:
-        value = measures[condition.measure]
-        if value is None:
-            unknown.append(condition.measure)
-        elif not condition.holds(value):
-            return Checked(rule, False, ())
-    return Checked(rule, not unknown, tuple(unknown))

@@ -81,6 +81,31 @@ def preemption_effect(measures: Measures, requests: float, capacity: float, why:
     )
 
 
+def pressure_effect(measures: Measures, requests: float, capacity: float, why: str) -> Effect | Refused:
+    """What a cache of `capacity` tokens a rank does: preemptions where there are any, else requests that wait for it.
+
+    requests: of one rank, at most. Arithmetic.
+    """
+    if measures["preemptions_per_request_low"]:
+        return preemption_effect(measures, requests, capacity, why)
+    usable, waiting = usable_tokens(measures), measures["waiting_when_queued"]
+    held, before = measures["request_tokens_mean"], measures["waiting_mean"]
+    if usable is None or waiting is None or not held or not before:
+        return Refused("the cache's size, the lengths of requests or how many wait is not told")
+    more = capacity * measures.ranks - usable
+    leave = min(math.floor(more / held), waiting)
+    return effect(
+        "requests_waiting_mean",
+        "requests",
+        before,
+        -before,
+        -max(0.0, leave) * (measures["waiting_share_ratio"] or 0.0),
+        f"{why}; a request holds {held:,.0f} tokens at its end, so {more:,.0f} more take in at least {leave:.0f} of "
+        f"the {waiting:.1f} that wait, at best all",
+        Basis.ARITHMETIC,
+    )
+
+
 def slots_to_fit(measures: Measures, context: Context) -> Sized | Refused:
     """Batch slots cut to what the KV cache holds to the end of every request, with 90 % chance."""
     flag = find_flag(context.engine, context.engine_version, "max_sequences")

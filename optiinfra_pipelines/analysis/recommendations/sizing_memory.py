@@ -34,6 +34,7 @@ from optiinfra_pipelines.analysis.recommendations.sizing import (
     effect,
     overflow_chance,
     preemption_effect,
+    pressure_effect,
     usable_tokens,
 )
 from optiinfra_pipelines.domain.recommendations import Basis, Effect
@@ -79,16 +80,16 @@ def _more_blocks(measures: Measures, context: Context) -> Sized | Refused:
     if blocks <= override:
         return Refused(fixed + f"{size.blocks} blocks of {size.block_bytes:,} B are all that fit {memory / _GIB:g} GiB")
     tokens = (blocks - 1) * block
-    relief = preemption_effect(
+    relief = pressure_effect(
         measures,
-        measures["running_max"] or 0,
+        (measures["running_max"] or 0) / measures.ranks,
         tokens,
         f"{blocks} blocks x {block:.0f} tokens x {float(size.bytes_per_token):,.0f} B = "
         f"{blocks * size.block_bytes / _GIB:.2f} of {memory / _GIB:.2f} GiB",
     )
     if isinstance(relief, Refused):
         return relief
-    now, then = override * block, blocks * block
+    now, then = override * block * measures.ranks, blocks * block * measures.ranks
     grown = effect(
         "kv_capacity_tokens",
         "tokens",
@@ -137,18 +138,21 @@ def _more_share(measures: Measures, context: Context) -> Sized | Refused:
             return Refused(str(error))
         more = step / float(each) * ranks
         why = f"{step / _GIB:.2f} GiB / {float(each):,.0f} B = {more:,.0f} tokens more"
-    relief = preemption_effect(measures, running / ranks, (usable + more) / ranks, why)
+    relief = pressure_effect(measures, running / ranks, (usable + more) / ranks, why)
     if isinstance(relief, Refused):
         return relief
     return Sized(flag, f"{share:g}", f"{proposed:g}", (relief,))
 
 
 def _tokens_needed(measures: Measures) -> float | Refused:
-    """Tokens that hold as many requests as run now to their end, with 90 % chance."""
+    """Tokens of a rank that hold its requests to their end, with 90 % chance: those that run, or run and wait."""
     mean, deviation = measures["request_tokens_mean"], measures["request_tokens_deviation"]
     running = measures["running_max"]
     if mean is None or deviation is None or not running:
         return Refused("the lengths of requests are not known (no histograms of prompt and output tokens)")
+    if not measures["preemptions_per_request_low"]:
+        running += measures["waiting_when_queued"] or 0.0
+    running /= measures.ranks
     low, high = running * mean, running * mean + 10 * deviation * math.sqrt(running) + 1
     while high - low > 1:
         middle = (low + high) / 2
@@ -173,7 +177,7 @@ def kv_dtype(measures: Measures, context: Context) -> Sized | Refused:
     if usable is None or not running:
         return Refused("the size of the KV cache or the number of running requests is not told")
     ranks = measures.ranks
-    relief = preemption_effect(
+    relief = pressure_effect(
         measures, running / ranks, 2 * usable / ranks, f"{usable:,.0f} tokens at 2 bytes are {2 * usable:,.0f} at 1"
     )
     if isinstance(relief, Refused):
