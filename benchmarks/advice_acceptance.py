@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
@@ -23,20 +24,24 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import datetime, timedelta
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import structlog
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from optiinfra_pipelines.analysis.findings.diagnosis import diagnose
+from optiinfra_pipelines.analysis.findings.window import EngineWindow
 from optiinfra_pipelines.analysis.insights.evidence import make_pack
 from optiinfra_pipelines.analysis.insights.template import template_narrative
 from optiinfra_pipelines.analysis.kv_arithmetic import cache_size, shape_from_config
 from optiinfra_pipelines.analysis.watch import Look, Watched, watch
+from optiinfra_pipelines.domain.findings import FindingKind
 from optiinfra_pipelines.domain.fleet import Fleet, Target
 from optiinfra_pipelines.domain.insights import EvidencePack, Narrative
 from optiinfra_pipelines.engines import normalize
@@ -197,6 +202,105 @@ def seconds_to_tell(seen: Sequence[tuple[datetime, Look]], offset: timedelta) ->
     raise SystemExit("an outage was not told")
 
 
+def unknowns(root: Path) -> None:
+    """Every recorded trouble with parts of its pages taken away, late, lost or impossible: is it ever called well?"""
+    folders = [f for f in TRUTH if TRUTH[f] and pages_of(root / f) and not f.endswith("09_after_restart")]
+    for kind, spoil in (("missing", missing), ("stale", stale), ("partial", partial), ("contradictory", contradictory)):
+        cases = crashes = 0
+        well: list[str] = []
+        found = abstained = 0
+        for folder in folders:
+            truth = {FindingKind(one) for one, _ in TRUTH[folder]}
+            for title, spoiled in spoil(phase(root / folder)):
+                cases += 1
+                try:
+                    diagnosis = diagnose(spoiled, VALUES)
+                except Exception as error:  # a crash of any kind is what is counted here
+                    crashes += 1
+                    well.append(f"{folder} {title}: {type(error).__name__}: {error}")
+                    continue
+                named = truth & {finding.kind for finding in diagnosis.findings}
+                found += named == truth
+                lost = truth - named
+                abstained += bool(lost) and (not lost & diagnosis.judged)
+                others = {finding.kind for finding in diagnosis.findings} & {FindingKind.RESTARTED}
+                if lost & diagnosis.judged and not others:
+                    well.append(f"{folder} {title}: called well")
+                reasons = {one.kind for one in diagnosis.abstentions if one.reason}
+                if not lost <= reasons | diagnosis.judged:
+                    well.append(f"{folder} {title}: neither judged nor left open with a reason")
+        row(
+            f"{kind} inputs in recorded troubles",
+            f"{cases} cases: found all the same {found}, left open with a reason {abstained}, called well or without a "
+            f"reason {len(well) - crashes}, crashes {crashes}",
+        )
+        for one in well:
+            print(f"    {one}")
+
+
+Spoiled = Iterator[tuple[str, EngineWindow]]
+
+
+def missing(whole: EngineWindow) -> Spoiled:
+    """Without any one column, any one histogram, or all that a page tells of requests."""
+    known = [c for c, dtype in whole.samples.schema.items() if dtype == pl.Float64 and whole.samples[c].count()]
+    for column in known:
+        nothing = pl.lit(None).cast(pl.Float64).alias(column)
+        yield f"without {column}", replace(whole, samples=whole.samples.with_columns(nothing))
+    for metric in whole.histograms["metric"].unique():
+        yield f"without {metric}", replace(whole, histograms=whole.histograms.filter(pl.col("metric") != metric))
+    blank = [pl.lit(None).cast(pl.Float64).alias(c) for c in known]
+    yield "without a value", replace(whole, samples=whole.samples.with_columns(blank), histograms=whole.histograms[:0])
+
+
+def stale(whole: EngineWindow) -> Spoiled:
+    """Nothing was read since: one, two and ten minutes."""
+    for minutes in (1, 2, 10):
+        yield f"{minutes} min ago", replace(whole, end=whole.end + timedelta(minutes=minutes))
+
+
+def partial(whole: EngineWindow) -> Spoiled:
+    """Every second, two of three, and all but the first or the last two scrapes failed."""
+    times = whole.scrapes["scraped_at"].to_list()
+    kept_of = {
+        "half lost": times[::2],
+        "two thirds lost": times[::3],
+        "only the first two": times[:2],
+        "only the last two": times[-2:],
+        "one": times[-1:],
+    }
+    for title, kept in kept_of.items():
+        is_kept = pl.col("scraped_at").is_in(kept)
+        failed = pl.when(is_kept).then(pl.col("is_up")).otherwise(pl.lit(False)).alias("is_up")
+        yield (
+            title,
+            replace(
+                whole,
+                scrapes=whole.scrapes.with_columns(failed),
+                samples=whole.samples.filter(is_kept),
+                histograms=whole.histograms.filter(is_kept),
+            ),
+        )
+
+
+def contradictory(whole: EngineWindow) -> Spoiled:
+    """Values that cannot be, and values that gainsay each other."""
+    known = [c for c, dtype in whole.samples.schema.items() if dtype == pl.Float64 and whole.samples[c].count()]
+    for column in known:
+        for title, value in (("NaN", math.nan), ("infinite", math.inf), ("negative", -1.0)):
+            spoiled = whole.samples.with_columns(pl.lit(value).alias(column))
+            yield f"{column} {title}", replace(whole, samples=spoiled)
+    if "kv_cache_usage_ratio" in known:
+        five = whole.samples.with_columns(pl.lit(5.0).alias("kv_cache_usage_ratio"))
+        yield "KV cache used five times over", replace(whole, samples=five)
+    totals = [c for c in known if c.endswith("_total")]
+    backwards = whole.samples.with_columns(pl.col(c).reverse().over("engine_rank") for c in totals)
+    yield "counters that run backwards", replace(whole, samples=backwards)
+    if "requests_running" in known:
+        nobody = whole.samples.with_columns(pl.lit(0.0).alias("requests_running"))
+        yield "tokens made while nothing runs", replace(whole, samples=nobody)
+
+
 def sizes(root: Path) -> None:
     """Of every page that tells its KV cache size in tokens, by the recorded model's config.json."""
     equal = total = 0
@@ -275,7 +379,7 @@ def derivation(replicas: int) -> None:
 
 
 def main() -> None:
-    parts = ("phases", "quiet", "quantiles", "sizes", "outages", "insights", "derivation")
+    parts = ("phases", "quiet", "quantiles", "sizes", "unknowns", "outages", "insights", "derivation")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--replicas", type=int, default=200)
@@ -285,8 +389,8 @@ def main() -> None:
     for root in (RECORDINGS, options.folder):
         if root is not None:
             print("recordings of this repository" if root == RECORDINGS else f"recordings under {root}")
-            for name, part in (("phases", phases), ("quiet", quiet), ("quantiles", quantiles), ("sizes", sizes)):
-                if name in options.parts:
+            for part in (phases, quiet, quantiles, sizes, unknowns):
+                if part.__name__ in options.parts:
                     part(root)
     for name, alone in (("outages", outages), ("insights", insights)):
         if name in options.parts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import cache
 from itertools import pairwise
@@ -71,6 +72,23 @@ def test_fewer_scrapes_say_the_same_or_nothing_and_never_that_all_is_well(folder
     kinds = {kind for kind, _ in told(diagnosis)}
     assert kinds <= {kind for kind, _ in TRUTH[folder]}
     assert kinds or not {FindingKind(kind) for kind, _ in TRUTH[folder]} <= diagnosis.judged
+
+
+@pytest.mark.parametrize("folder", TROUBLE)
+def test_a_window_that_was_blind_before_its_last_two_scrapes_is_not_called_well(folder: str) -> None:
+    """The trouble was over when the target could be read again: what was before is not known."""
+    pages = timed(folder)
+    whole = window_of(frames(pages))
+    is_kept = pl.col("scraped_at") >= pages[-2][1]
+    up = (pl.col("is_up") & is_kept).alias("is_up")
+    samples, histograms = whole.samples.filter(is_kept), whole.histograms.filter(is_kept)
+    blind = replace(whole, scrapes=whole.scrapes.with_columns(up), samples=samples, histograms=histograms)
+
+    diagnosis = diagnose(blind, VALUES)
+
+    seconds = (pages[-2][1] - pages[0][1]).total_seconds()
+    lost = {FindingKind(kind) for kind, _ in TRUTH[folder]} - {finding.kind for finding in diagnosis.findings}
+    assert seconds <= VALUES["stale_after_seconds"] or not lost & diagnosis.judged
 
 
 @pytest.mark.parametrize("folder", KEPT)

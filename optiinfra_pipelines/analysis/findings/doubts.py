@@ -7,6 +7,9 @@ does not tell at all (`diagnosis`).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
+
+import polars as pl
 
 from optiinfra_pipelines.analysis.findings.bottlenecks import wait_limit, waiting_runs
 from optiinfra_pipelines.analysis.findings.stretches import Stretch
@@ -22,6 +25,9 @@ def memory_doubt(window: EngineWindow, values: Values) -> str | None:
     is_short = (newest.gauge("kv_cache_usage_ratio") or 0) >= values["kv_full_ratio"]
     if is_short and newest.gauge("requests_waiting"):
         return "requests wait at a full KV cache, not long enough yet to tell"
+    blind = _blind_start(window, values)
+    if blind is not None:
+        return blind
     for step in _unseen(window, values):
         preempted, finished = step.grew("preemptions_total"), step.grew("requests_finished_total") or 0
         if preempted is None:
@@ -41,6 +47,9 @@ def queue_doubt(window: EngineWindow, values: Values, pressed: Stretch | None) -
             return "requests waited, and neither finished nor running ones are told to compare them with"
     elif all(step.grew("requests_finished_total") is None for step in window.steps):
         return "finished requests are not counted, so what is in flight cannot be told from a queue"
+    blind = _blind_start(window, values)
+    if blind is not None:
+        return blind
     metric = "time_to_first_token_seconds" if window.vantage == "frontend" else "queue_seconds"
     limit = wait_limit(window, values)
     for step in _unseen(window, values):
@@ -54,6 +63,16 @@ def queue_doubt(window: EngineWindow, values: Values, pressed: Stretch | None) -
 
 def _is_comparable(run: Stretch) -> bool:
     return bool(run.grown("requests_finished_total")) or run.most("requests_running") is not None
+
+
+def _blind_start(window: EngineWindow, values: Values) -> str | None:
+    """Scrapes that failed before the first one that can be compared: no counter bridges that time."""
+    scrapes, first = window.tables.frames["stg_scrapes"], window.steps[0].start_at
+    failed = scrapes.filter(pl.col("scraped_at").is_between(window.start, first), ~pl.col("is_up"))["scraped_at"].min()
+    if not isinstance(failed, datetime):
+        return None
+    seconds = (first - failed).total_seconds()
+    return f"nothing could be read for {seconds:.0f} s" if seconds > values["stale_after_seconds"] else None
 
 
 def _unseen(window: EngineWindow, values: Values) -> list[Step]:
