@@ -1,5 +1,7 @@
 """Pruning bounds Dagster's storage and forgets nothing that anybody could still look at."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from resources.dagster_home.prune import REFRESH_TAG, prune
+from resources.dagster_home.prune import REFRESH_TAG, prune, trim_logs
 from resources.dagster_home.stack import prepare_home
 
 HOUR = timedelta(hours=1)
@@ -76,3 +78,25 @@ def test_what_is_young_stays(instance: dg.DagsterInstance) -> None:
 def test_another_storage_is_told_apart() -> None:
     with dg.DagsterInstance.ephemeral() as memory, pytest.raises(TypeError, match="SQLite"):
         prune(memory, now=datetime.now(UTC), keep=HOUR, keep_failures=HOUR)
+
+
+def test_a_long_log_keeps_its_last_whole_lines_and_its_writer_goes_on(tmp_path: Path) -> None:
+    """The process holds the file open, as a child of the supervisor does; the short log beside it stays as it is."""
+    short, long = tmp_path / "web.log", tmp_path / "daemon.log"
+    short.write_bytes(b"one line\n")
+    writer = "import sys\nfor n in range(100): print(f'line {n:3d}')\n" * 2
+    writer = writer.replace("\nimport", "\nsys.stdout.flush(); sys.stdin.readline()\nimport")
+    with (
+        long.open("ab") as log,
+        subprocess.Popen([sys.executable, "-c", writer], stdin=subprocess.PIPE, stdout=log) as child,
+    ):
+        while long.stat().st_size < 900:
+            assert child.poll() is None
+        trim_logs(tmp_path, most=500, keep=95)
+        child.communicate(b"\n")
+
+    lines = long.read_text().splitlines()
+    assert lines[0] == "(older lines were cut)"
+    assert lines[1:11] == [f"line {n:3d}" for n in range(90, 100)]
+    assert lines[11:] == [f"line {n:3d}" for n in range(100)]
+    assert short.read_bytes() == b"one line\n"

@@ -1,13 +1,14 @@
 """Bound Dagster's own storage: it keeps events for ever.
 
-Here: deleting old ticks, run-less events and finished refresh runs. What is never deleted: the newest event of each
-asset, the run that holds it, and every run that is not marked as a refresh (rollouts, rebuilds, what a person
-launched). Uses two tables of Dagster's SQLite storage that have no public API; a test holds them. A database file does
-not shrink: what is deleted makes room for what comes.
+Here: deleting old ticks, run-less events, finished refresh runs and the beginnings of long process logs. What is never
+deleted: the newest event of each asset, the run that holds it, and every run that is not marked as a refresh (rollouts,
+rebuilds, what a person launched). Uses two tables of Dagster's SQLite storage that have no public API; a test holds
+them. A database file does not shrink: what is deleted makes room for what comes.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,10 +22,15 @@ from dagster._core.storage.event_log.schema import AssetCheckExecutionsTable, Sq
 
 from resources.dagster_home.storage import LeanEventLogStorage
 
+# Where the supervisor keeps what its processes print; a folder of DAGSTER_HOME.
+PROCESS_LOGS = "process_logs"
 # Runs that carry this tag may be forgotten: what they made is in the warehouse.
 REFRESH_TAG = {"optiinfra/kind": "refresh"}
 # Runs deleted by one call: each costs about 10 ms and the job should not hold a slot for long.
 MAX_RUNS = 2000
+
+# A process writes some kilobytes of log a day when all is well; one that complains all day is cut to its last words.
+MAX_LOG_BYTES, KEPT_LOG_BYTES = 16 << 20, 4 << 20
 
 _FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
 _RUNLESS_TYPES = ("ASSET_MATERIALIZATION", "ASSET_OBSERVATION", "FRESHNESS_STATE_CHANGE")
@@ -56,7 +62,24 @@ def prune(instance: dg.DagsterInstance, *, now: datetime, keep: timedelta, keep_
     events = _prune_runless_events(storage, cutoff)
     runs = _prune_runs(instance, cutoff, now - keep_failures)
     checks = _prune_check_results(storage, cutoff)
+    trim_logs(home / PROCESS_LOGS)
     return Pruned(events, runs, checks, before, folder_bytes(home))
+
+
+def trim_logs(folder: Path, *, most: int = MAX_LOG_BYTES, keep: int = KEPT_LOG_BYTES) -> None:
+    """Cut each log longer than `most` bytes to whole lines of its last `keep` bytes, under the process that writes it.
+
+    The writer appends, so it goes on where the file now ends; a line it writes in the moment of the cut may be lost.
+    """
+    for path in folder.glob("*.log"):
+        if path.stat().st_size <= most:
+            continue
+        with path.open("r+b", buffering=0) as log:
+            log.seek(-keep, os.SEEK_END)
+            _, _, tail = log.read().partition(b"\n")
+            log.truncate(0)
+        with path.open("ab", buffering=0) as log:
+            log.write(b"(older lines were cut)\n" + tail)
 
 
 def folder_bytes(folder: Path) -> int:

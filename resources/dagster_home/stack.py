@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from resources.dagster_home.prune import REFRESH_TAG
+from resources.dagster_home.prune import PROCESS_LOGS, REFRESH_TAG
 from resources.dagster_home.supervisor import Child
 
 # Dagster would look for old ticks after each tick of a sensor, once per status: the hourly prune job does it for all.
@@ -91,7 +91,7 @@ def children(dagster_home: Path, host: str, port: int) -> list[Child]:
 
     Fewer processes than `dagster dev` starts, and one that dies does not take the others along.
     """
-    logs = dagster_home / "process_logs"
+    logs = dagster_home / PROCESS_LOGS
     # A socket's path may hold 107 bytes: a home deep in the tree would not fit.
     sock = Path(tempfile.mkdtemp(prefix="optiinfra-")) / "code.sock"
     workspace = dagster_home / "workspace.yaml"
