@@ -46,7 +46,12 @@ class ProposeConfig(dg.Config):
     margin_percent: float = Field(_PLAN.margin_ratio * 100, ge=0, description="Acceptable slowdown, in percent.")
     alpha: float = Field(_PLAN.alpha, gt=0, le=0.1, description="Chance that a harmless candidate fails a step.")
     min_requests: int = Field(_PLAN.min_requests, ge=1, description="Requests of each arm before a step can pass.")
-    warm_up_seconds: float = Field(_PLAN.warm_up_seconds, ge=0, description="Not judged after each growth.")
+    warm_up_seconds: float = Field(
+        _PLAN.warm_up_seconds,
+        ge=0,
+        description="Least time not judged after each growth; lasts on until the cache's hit rate has settled, ten "
+        "times this at most. 0: none.",
+    )
     candidate_replicas: int = Field(1, ge=1, description="Replicas to begin with.")
     expected_kv_tokens: float = Field(0.0, ge=0, description="KV cache the candidate should have; 0: not checked.")
     is_fix: bool = Field(False, description="Allowed although the error budget is used up.")

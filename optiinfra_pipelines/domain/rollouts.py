@@ -116,7 +116,9 @@ class RolloutPlan(Frozen):
     )
     min_requests: Annotated[int, Field(ge=1)] = 300
     warm_up_seconds: NonNegativeFloat = Field(
-        default=60.0, description="After each growth of the share: cold caches and fresh connections are not judged."
+        default=60.0,
+        description="Least time not judged after each growth of the share; lasts on until the cache's hit rate has "
+        "settled, ten times this at most. 0: none.",
     )
     latency_signals: tuple[str, ...] = ("time_to_first_token_seconds", "time_per_output_token_seconds")
     candidate_replicas: Annotated[int, Field(ge=1)] = 1
@@ -172,12 +174,17 @@ class Position(Frozen):
 
 
 class Step(Frozen):
-    """One share of traffic and how long it is watched. max_seconds includes every extension."""
+    """One share of traffic and how long it is watched. max_seconds includes every extension.
+
+    Both count from the end of the warm-up, which takes warm_up_seconds to max_warm_up_seconds.
+    """
 
     stage: Stage
     percent: Annotated[float, Field(ge=0, le=100)]
     dwell_seconds: NonNegativeFloat
     max_seconds: NonNegativeFloat
+    warm_up_seconds: NonNegativeFloat = 0.0
+    max_warm_up_seconds: NonNegativeFloat = 0.0
 
 
 class Rollout(Frozen):

@@ -8,12 +8,13 @@ configuration, the whole of its counters when it began between them, or nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
 
 from optiinfra_pipelines.rollout.judge import ArmTick
+from optiinfra_pipelines.rollout.warm_up import CacheTick
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Buckets:
 class ProcessPage:
     """What one process told in one tick. None: it does not tell.
 
-    requests, failed: counters for the error gate. generation_tokens: counter for throughput.
+    requests, failed: counters for the error gate. generation_tokens: counter for throughput. cache_queries, cache_hits:
+    counters of tokens looked up and found in the prefix cache. scraped_at: tells one scrape from the next.
     """
 
     process: str
@@ -38,17 +40,21 @@ class ProcessPage:
     requests: float | None = None
     failed: float | None = None
     generation_tokens: float | None = None
+    cache_queries: float | None = None
+    cache_hits: float | None = None
+    scraped_at: datetime | None = None
 
 
 @dataclass(frozen=True)
 class ProcessDelta:
-    """What one process did in one tick: requests per signal and bound at or under it, and errors."""
+    """What one process did in one tick: requests per signal and bound at or under it, errors, and cache lookups."""
 
     histograms: Mapping[str, Buckets]
     requests: int | None
     failed: int | None
     generation_tokens: float | None
     process: str = ""
+    cache: CacheTick | None = None
 
 
 @dataclass(frozen=True)
@@ -70,9 +76,14 @@ class CountTracker:
         """Deltas of the processes seen in this tick and in the one before it; and the cuts, each with its reason.
 
         A process that misses a tick is cut in the next one too: its delta would span two, and a tick must be the same
-        stretch of time in both arms.
+        stretch of time in both arms. So is one whose scrape is delivered again beside new ones of others; a whole tick
+        that is delivered again was counted already and changes nothing.
         """
-        before, self._last = self._last, {page.process: page for page in pages}
+        given = {page.process: page for page in pages}
+        repeated = {process for process, page in given.items() if self._is_repeated(page)}
+        if given and len(repeated) == len(given):
+            return {}, tuple(Cut(process, "the same scrape again") for process in given)
+        before, self._last = self._last, {name: page for name, page in given.items() if name not in repeated}
         had_looked, self._has_looked = self._has_looked, True
         deltas: dict[str, ProcessDelta] = {}
         cuts: list[Cut] = []
@@ -84,6 +95,10 @@ class CountTracker:
                 deltas[process] = found
         cuts += [Cut(process, "no page in this tick") for process in before if process not in self._last]
         return deltas, tuple(cuts)
+
+    def _is_repeated(self, page: ProcessPage) -> bool:
+        before = self._last.get(page.process)
+        return before is not None and page.scraped_at is not None and before.scraped_at == page.scraped_at
 
     @staticmethod
     def _delta(before: ProcessPage | None, now: ProcessPage) -> ProcessDelta | str:
@@ -106,7 +121,8 @@ class CountTracker:
         if requests is not None and failed is not None and failed > requests:
             return f"{failed} failures of {requests} requests"
         tokens = _counter(before.generation_tokens, now.generation_tokens, is_restarted)
-        return ProcessDelta(histograms, requests, failed, tokens, now.process)
+        cache = _cache(before, now, is_restarted)
+        return ProcessDelta(histograms, requests, failed, tokens, now.process, cache)
 
 
 def arm_tick(deltas: Iterable[ProcessDelta], bounds: Mapping[str, Iterable[float]]) -> ArmTick | None:
@@ -149,7 +165,16 @@ def arm_tick(deltas: Iterable[ProcessDelta], bounds: Mapping[str, Iterable[float
         sum(delta.failed or 0 for delta in found),
         sum(told) / len(told) if told else None,
         replicas,
+        _cache_of(engines),
     )
+
+
+def _cache_of(engines: Sequence[ProcessDelta]) -> CacheTick | None:
+    """Lookups of an arm; None when one of its engines does not count them."""
+    told = [delta.cache for delta in engines if delta.cache is not None]
+    if not told or len(told) < len(engines):
+        return None
+    return CacheTick(sum(one.queries for one in told), sum(one.hits for one in told))
 
 
 def _named(delta: ProcessDelta, index: int) -> str:
@@ -183,6 +208,12 @@ def _counter(before: float | None, now: float | None, is_restarted: bool) -> int
         return None
     delta = now if is_restarted or before is None else now - before
     return int(delta) if float(delta).is_integer() and delta >= 0 else None
+
+
+def _cache(before: ProcessPage, now: ProcessPage, is_restarted: bool) -> CacheTick | None:
+    queries = _counter(before.cache_queries, now.cache_queries, is_restarted)
+    hits = _counter(before.cache_hits, now.cache_hits, is_restarted)
+    return None if queries is None or hits is None or hits > queries else CacheTick(queries, hits)
 
 
 def _whole(now: tuple[float, ...], before: tuple[float, ...] | None) -> tuple[float, ...] | None:

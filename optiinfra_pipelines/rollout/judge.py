@@ -16,6 +16,7 @@ from optiinfra_pipelines.rollout.eprocess import ERROR_ALTERNATIVES, EdgeProcess
 from optiinfra_pipelines.rollout.margins import JudgedEdge
 from optiinfra_pipelines.rollout.tempering import DEFAULT_STAKE, LATENCY_ALTERNATIVES, Drift, latency_rule, scale_of
 from optiinfra_pipelines.rollout.throughput import ThroughputSequence
+from optiinfra_pipelines.rollout.warm_up import CacheTick
 
 # An odds ratio of two: errors that double from 0.1 % to 0.2 % are within what replicas differ by.
 ERROR_NULL_ODDS = 2.0
@@ -73,6 +74,7 @@ class ArmTick:
     observed: requests per signal. over: signal -> bound -> requests above it; a bound that not every process of the
     arm counts at is left out. requests, failed: for the error gate. tokens_per_replica: tokens generated per replica,
     None where not told. replicas: the same by process, where known: signal -> bound -> process -> (requests, over).
+    cache: lookups in the prefix cache; the warm-up alone looks at them, None where not told.
     """
 
     observed: Mapping[str, int] = field(default_factory=dict)
@@ -81,6 +83,7 @@ class ArmTick:
     failed: int = 0
     tokens_per_replica: float | None = None
     replicas: Mapping[str, Mapping[float, Mapping[str, tuple[int, int]]]] = field(default_factory=dict)
+    cache: CacheTick | None = None
 
 
 @dataclass

@@ -23,6 +23,7 @@ from optiinfra_pipelines.rollout.eprocess import (
 from optiinfra_pipelines.rollout.judge import ERROR_NULL_ODDS, LATENCY_PLAIN_SHARE
 from optiinfra_pipelines.rollout.margins import StableHistogram, judged_edges, merge
 from optiinfra_pipelines.rollout.tempering import LATENCY_ALTERNATIVES, latency_rule, plain_rule
+from optiinfra_pipelines.rollout.warm_up import longest_warm_up
 
 TICK_SECONDS = 5.0
 # Found in nine of ten simulated steps: with the median, every second bad candidate would outlive its step.
@@ -60,7 +61,7 @@ def plan_steps(plan: RolloutPlan, traffic: Traffic, *, stake: float, seed: int) 
     too_short: list[str] = []
     for stage, percent in stages(plan.percents, traffic.stable_replicas, plan.candidate_replicas):
         if percent >= 100:
-            steps.append(_step(stage, percent, SHORTEST_STEP_SECONDS, plan.max_extensions))
+            steps.append(_step(plan, stage, percent, SHORTEST_STEP_SECONDS))
             continue
         needed = needed_seconds(plan, traffic, percent, stake=stake, seed=seed)
         wanted = None if plan.step_minutes is None else plan.step_minutes * 60
@@ -73,13 +74,14 @@ def plan_steps(plan: RolloutPlan, traffic: Traffic, *, stake: float, seed: int) 
             )
         if wanted is not None and wanted < needed:
             too_short.append(f"{percent:g} %: {needed / 60:.1f} min")
-        steps.append(_step(stage, percent, max(wanted or 0.0, needed), plan.max_extensions))
+        steps.append(_step(plan, stage, percent, max(wanted or 0.0, needed)))
     if too_short:
         return PlanRefusal(
             f"steps of {plan.step_minutes:g} min are too short to find +{plan.detect_ratio:.0%} in nine of ten cases "
-            f"at {traffic.requests_per_second:.3g} requests/s; needed: {', '.join(too_short)}. Lengthen step_minutes, "
-            "leave it out, or begin at a larger share"
+            f"at {traffic.requests_per_second:.3g} requests/s; needed after each warm-up: {', '.join(too_short)}. "
+            "Lengthen step_minutes, leave it out, or begin at a larger share"
         )
+    # No warm-up: the share does not grow into the bake, and nothing is compared in it.
     bake = max(plan.bake_minutes * 60, 0.0)
     steps.append(Step(stage=Stage.BAKE, percent=100, dwell_seconds=bake, max_seconds=bake + LONGEST_STEP_SECONDS))
     return tuple(steps)
@@ -100,7 +102,10 @@ def stages(percents: Sequence[float], stable_replicas: int, candidate_replicas: 
 
 
 def needed_seconds(plan: RolloutPlan, traffic: Traffic, percent: float, *, stake: float, seed: int) -> float | None:
-    """Least time of a step at a share: to find `detect_ratio` and to see `min_requests` in each arm; None: too long."""
+    """Least time of a step at a share: to find `detect_ratio` and to see `min_requests` in each arm; None: too long.
+
+    From the end of the warm-up, whose longest time counts against the limit: what is seen in it finds nothing.
+    """
     canary = traffic.requests_per_second * percent / 100
     baseline = traffic.requests_per_second - canary
     enough = plan.min_requests / min(canary, baseline)
@@ -109,7 +114,8 @@ def needed_seconds(plan: RolloutPlan, traffic: Traffic, percent: float, *, stake
         return None
     # A tenth more: arrivals are random, and the minimum should be met without an extension.
     seconds = max(found, 1.1 * enough, SHORTEST_STEP_SECONDS)
-    return math.ceil(seconds / TICK_SECONDS) * TICK_SECONDS if seconds <= LONGEST_STEP_SECONDS else None
+    longest = LONGEST_STEP_SECONDS - longest_warm_up(plan.warm_up_seconds)
+    return math.ceil(seconds / TICK_SECONDS) * TICK_SECONDS if seconds <= longest else None
 
 
 def detection_seconds(
@@ -213,5 +219,12 @@ def _nested(random: np.random.Generator, totals: Counts, tails: Floats) -> Count
     return np.stack(columns, axis=1).astype(np.int64)
 
 
-def _step(stage: Stage, percent: float, dwell: float, extensions: int) -> Step:
-    return Step(stage=stage, percent=percent, dwell_seconds=dwell, max_seconds=dwell * (1 + extensions))
+def _step(plan: RolloutPlan, stage: Stage, percent: float, dwell: float) -> Step:
+    return Step(
+        stage=stage,
+        percent=percent,
+        dwell_seconds=dwell,
+        max_seconds=dwell * (1 + plan.max_extensions),
+        warm_up_seconds=plan.warm_up_seconds,
+        max_warm_up_seconds=longest_warm_up(plan.warm_up_seconds),
+    )

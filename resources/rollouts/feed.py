@@ -95,7 +95,7 @@ class ScrapeFeed:
             (stable, gateway.stable if gateway is not None else {}),
         ):
             engines = [page for page in pages if page.process.rsplit("/", 1)[0] in names]
-            arms.append((*engines, *_gateway_pages(counted)))
+            arms.append((*engines, *_gateway_pages(counted, now.at)))
         readings = Readings(
             arms[0],
             arms[1],
@@ -177,6 +177,9 @@ class ScrapeFeed:
                 requests=_requests(row) if are_counted_here else None,
                 failed=row["requests_failed_total"] if are_counted_here else None,
                 generation_tokens=row["generation_tokens_total"],
+                cache_queries=row["prefix_cache_queries_total"],
+                cache_hits=row["prefix_cache_hits_total"],
+                scraped_at=row["scraped_at"],
             )
             for row in frames["raw_engine_samples"].iter_rows(named=True)
         ]
@@ -206,9 +209,10 @@ def requests_in_flight(frames: Mapping[str, pl.DataFrame], replicas: Sequence[Re
     return int(total)
 
 
-def _gateway_pages(counted: Mapping[str, Counted]) -> list[ProcessPage]:
+def _gateway_pages(counted: Mapping[str, Counted], at: datetime) -> list[ProcessPage]:
     return [
-        ProcessPage(f"{name}@gateway", requests=found.requests, failed=found.failed) for name, found in counted.items()
+        ProcessPage(f"{name}@gateway", requests=found.requests, failed=found.failed, scraped_at=at)
+        for name, found in counted.items()
     ]
 
 

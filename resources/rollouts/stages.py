@@ -208,8 +208,7 @@ class TrafficStage:
             return executor.pause(row, PauseReason.INCONCLUSIVE, decision.reason, evidence)
         if decision.act is Act.PASS:
             return self._passed(row, step, decision, evidence)
-        needed = step.dwell_seconds + row.proposal.plan.warm_up_seconds
-        ends = max(0.0, needed - (now.seconds - self._entered))
+        ends = self._watch.seconds_left(now.seconds)
         said = executor.say(row, now, f"{step.percent:g} %: {decision.reason}; decides in {ends:.0f} s", numbers)
         return replace(said, verdict=decision.verdict, decides_at=now.at + timedelta(seconds=ends))
 
@@ -262,7 +261,7 @@ class TrafficStage:
     def _step_plan(self, row: Rollout, step: Step, traffic: Traffic) -> StepPlan:
         plan = row.proposal.plan
         edges = {name: judged_edges(minutes, plan.margin_ratio) for name, minutes in traffic.minutes.items()}
-        looks = (step.max_seconds + plan.warm_up_seconds) / self._executor.policy.look_seconds
+        looks = step.max_seconds / self._executor.policy.look_seconds
         return StepPlan(
             edges={name: found for name, found in edges.items() if found},
             alpha=plan.alpha,
@@ -278,14 +277,7 @@ class TrafficStage:
     def _new_watch(self, row: Rollout, step: Step, now: Moment, plan: StepPlan | None) -> StepWatch:
         self._plan = plan
         self._guards = Guards(row.proposal.plan.expected_kv_tokens)
-        self._entered = now.seconds
-        return StepWatch(
-            step,
-            plan,
-            started=now.seconds,
-            warm_up_seconds=row.proposal.plan.warm_up_seconds,
-            min_requests=row.proposal.plan.min_requests,
-        )
+        return StepWatch(step, plan, started=now.seconds, min_requests=row.proposal.plan.min_requests)
 
     def _observe(self, watch: StepWatch, now: Moment) -> None:
         readings = self._feed.read(now)

@@ -5,12 +5,17 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optiinfra_pipelines.domain.rollouts import Stage, Step
 from optiinfra_pipelines.engines import normalize
+from optiinfra_pipelines.engines.plan import ENGINE_COLUMNS
 from optiinfra_pipelines.exposition import Reader
 from optiinfra_pipelines.rollout.counts import Buckets, CountTracker, ProcessPage, arm_tick
+from optiinfra_pipelines.rollout.judge import StepPlan
+from optiinfra_pipelines.rollout.margins import JudgedEdge
+from optiinfra_pipelines.rollout.watch import Decision, Look, StepWatch
 
 BOUNDS = (0.5, 1.0, math.inf)
 STARTED = datetime(2026, 11, 18, tzinfo=UTC)
@@ -123,10 +128,56 @@ def test_deltas_add_up_to_what_was_served(ticks: list[tuple[int, int, int, bool]
     assert counted == total
 
 
+def test_a_scrape_that_comes_again_beside_new_ones_counts_as_missed() -> None:
+    tracker, later = CountTracker(), STARTED + timedelta(seconds=5)
+    tracker.observe([page((1, 2, 3), scraped_at=STARTED), page((1, 2, 3), "b", scraped_at=STARTED)])
+
+    deltas, _ = tracker.observe([page((2, 3, 4), scraped_at=later), page((1, 2, 3), "b", scraped_at=STARTED)])
+
+    assert list(deltas) == ["a"]
+
+
+def arms(tick: int, slow: int) -> list[ProcessPage]:
+    """Ten requests a tick at the candidate, of which `slow` in all took longer than the judged bound; 90 beside it."""
+    at = STARTED + timedelta(seconds=5 * tick)
+    ours, theirs = (10 * tick - slow, 10 * tick, 10 * tick), (57 * tick, 90 * tick, 90 * tick)
+    counts = {"scraped_at": at, "failed": 0.0, "cache_queries": 100.0 * tick, "cache_hits": 40.0 * tick}
+    return [
+        page(ours, "candidate", requests=10.0 * tick, **counts),
+        page(theirs, "stable", requests=90.0 * tick, **counts),
+    ]
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 10), st.integers(1, 3)), min_size=1, max_size=60))
+def test_a_tick_delivered_twice_changes_no_verdict_and_no_evidence(ticks: list[tuple[int, int]]) -> None:
+    """Each tick has so many slow requests and is delivered once to three times: to the watch of a step all are one."""
+    step = Step(stage=Stage.CANARY, percent=10, dwell_seconds=60, max_seconds=90, warm_up_seconds=20)
+    plan = StepPlan(edges={"ttft": (JudgedEdge(0.5, 0.37, 1.293),)}, min_requests=100, max_ticks=20)
+    found: list[list[Decision]] = []
+    for is_repeating in (False, True):
+        tracker, watch = CountTracker(), StepWatch(step, plan, started=0.0, min_requests=100)
+        decisions, slow = [], 0
+        for tick, (more, times) in enumerate(ticks):
+            slow += more if tick else 0
+            for _ in range(times if is_repeating else 1):
+                deltas, _ = tracker.observe(arms(tick, slow))
+                canary, stable = (
+                    arm_tick([deltas[name] for name in (name,) if name in deltas], {"ttft": [0.5]})
+                    for name in ("candidate", "stable")
+                )
+                watch.observe(Look(5.0 * tick, canary, stable))
+            decisions.append(watch.decide(5.0 * tick))
+        found.append(decisions)
+
+    assert found[0] == found[1]
+    assert all(one.verdict is not None for one in found[0])
+
+
 def test_recorded_engine_pages_give_the_requests_that_finished_between_them() -> None:
     """vLLM under load, pages of one phase: every histogram's count moves with the others, in whole requests."""
     folder = Path(__file__).parents[1] / "fixtures/recordings/vllm/0.32.0/small_llama_kv8k/03_loaded_shared_prefix_c8"
-    tracker, reader, total = CountTracker(), Reader(), 0
+    tracker, reader, total, looked_up, known = CountTracker(), Reader(), 0, 0, 0
     for path in sorted(folder.glob("*.prom")):
         found = normalize(reader.read(path.read_text(), key="t"), target="t", scraped_at=STARTED)
         bounds = {row[0]: tuple(row[1]) for row in found.rows["raw_histogram_bounds"]}
@@ -138,8 +189,14 @@ def test_recorded_engine_pages_give_the_requests_that_finished_between_them() ->
             if row[index["metric"]] in ("time_to_first_token_seconds", "request_duration_seconds")
         }
         assert len(histograms) == 2
-        deltas, cuts = tracker.observe([ProcessPage("t", found.process_started_at, "h", histograms)])
+        columns = dict(zip(ENGINE_COLUMNS, found.rows["raw_engine_samples"][0], strict=True))
+        cached = {name: columns[f"prefix_{name}_total"] for name in ("cache_queries", "cache_hits")}
+        deltas, cuts = tracker.observe([ProcessPage("t", found.process_started_at, "h", histograms, **cached)])
         for delta in deltas.values():
             total += int(delta.histograms["request_duration_seconds"].cumulative[-1])
+            assert delta.cache is not None
+            looked_up, known = looked_up + delta.cache.queries, known + delta.cache.hits
         assert len(cuts) == (0 if deltas else 1)
     assert total > 50
+    # Prompts of this phase begin alike.
+    assert 0.3 < known / looked_up < 1

@@ -57,7 +57,7 @@ def test_a_step_too_short_is_refused_with_what_would_suffice() -> None:
     refused = plan_steps(RolloutPlan(step_minutes=2), traffic(20.0), stake=0.5, seed=1)
 
     assert isinstance(refused, PlanRefusal)
-    assert "needed: 1 %: 27" in refused.reason
+    assert "needed after each warm-up: 1 %: 27" in refused.reason
     assert not isinstance(plan_steps(RolloutPlan(step_minutes=30), traffic(20.0), stake=0.5, seed=1), PlanRefusal)
 
 

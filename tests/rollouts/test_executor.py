@@ -245,7 +245,7 @@ def test_a_plan_too_short_for_its_traffic_is_refused_with_what_would_suffice(kit
 
     [failed] = [event for event in kit.store.events("chat-1") if event.to_position == RolloutState.FAILED]
     assert "too short to find +50%" in failed.reason
-    assert "needed: 10 %" in failed.reason
+    assert "needed after each warm-up: 10 %" in failed.reason
 
 
 def test_a_freeze_that_begins_meanwhile_stops_the_growth_and_not_the_way_back(tmp_path: Path) -> None:
