@@ -3,12 +3,36 @@ with
 
 samples as (
 
-    -- Ten minutes more than the window, so that its first sample has one before it.
+    -- Ten minutes before the window, so that its first sample has one before it; a minute after it tells whether a
+    -- fall lasts.
     select *
     from stg_gpu_samples
     where
         sampled_at >= getvariable('window_start') - interval 10 minute
-        and sampled_at < getvariable('window_end')
+        and sampled_at < getvariable('window_end') + interval 1 minute
+
+),
+
+counted as (
+
+    -- Energy never stands still and never wraps; where it is not told, no reading is called out of place.
+    select *, energy_joules_total as counted
+    from samples
+
+),
+
+placed as (
+
+    select
+        *,
+        is_out_of_place(counted, max(counted) over minute_before, max(counted) over minute_after) as is_out_of_place
+
+    from counted
+
+    window
+        by_time as (partition by host, gpu_uuid, mig_instance order by sampled_at),
+        minute_before as (by_time range between interval 1 minute preceding and interval 1 microsecond preceding),
+        minute_after as (by_time range between interval 1 microsecond following and interval 1 minute following)
 
 ),
 
@@ -20,30 +44,15 @@ grown as (
         *,
         utc_step(60, sampled_at) as minute_at,
         epoch(sampled_at) - epoch(lag(sampled_at) over by_time) as gap_seconds,
-        counter_increase(lag(energy_joules_total ignore nulls) over by_time, energy_joules_total) as energy_joules,
-        counter_increase(lag(power_throttle_seconds_total ignore nulls) over by_time, power_throttle_seconds_total)
-            as power_throttle_seconds,
-        counter_increase(lag(thermal_throttle_seconds_total ignore nulls) over by_time, thermal_throttle_seconds_total)
-            as thermal_throttle_seconds,
-        counter_increase(
-            lag(hardware_slowdown_seconds_total ignore nulls) over by_time, hardware_slowdown_seconds_total
-        ) as hardware_slowdown_seconds,
-        counter_increase(lag(ecc_corrected_total ignore nulls) over by_time, ecc_corrected_total) as ecc_corrected,
-        counter_increase(lag(ecc_uncorrected_total ignore nulls) over by_time, ecc_uncorrected_total)
-            as ecc_uncorrected,
-        counter_increase(lag(xid_total ignore nulls) over by_time, xid_total) as xid,
-        counter_increase(lag(pcie_replay_total ignore nulls) over by_time, pcie_replay_total) as pcie_replay,
-        counter_increase(lag(pcie_tx_bytes_total ignore nulls) over by_time, pcie_tx_bytes_total) as pcie_tx_bytes,
-        counter_increase(lag(pcie_rx_bytes_total ignore nulls) over by_time, pcie_rx_bytes_total) as pcie_rx_bytes,
-        counter_increase(lag(nvlink_tx_bytes_total ignore nulls) over by_time, nvlink_tx_bytes_total)
-            as nvlink_tx_bytes,
-        counter_increase(lag(nvlink_rx_bytes_total ignore nulls) over by_time, nvlink_rx_bytes_total)
-            as nvlink_rx_bytes,
-        counter_increase(lag(nvlink_errors_total ignore nulls) over by_time, nvlink_errors_total) as nvlink_errors
+        case when not is_out_of_place then
+            counter_increase(lag(columns('(.+)_total$') ignore nulls) over in_place, columns('(.+)_total$'))
+        end as '\1'
 
-    from samples
+    from placed
 
-    window by_time as (partition by host, gpu_uuid, mig_instance order by sampled_at)
+    window
+        by_time as (partition by host, gpu_uuid, mig_instance order by sampled_at),
+        in_place as (partition by host, gpu_uuid, mig_instance, is_out_of_place order by sampled_at)
 
 ),
 
@@ -127,7 +136,7 @@ minutes as (
 
     from grown
 
-    where minute_at >= getvariable('window_start')
+    where minute_at >= getvariable('window_start') and minute_at < getvariable('window_end')
 
     group by host, gpu_uuid, mig_instance, minute_at
 

@@ -3,34 +3,54 @@ with
 
 samples as (
 
-    -- Ten minutes more than the window, so that its first sample has one before it.
+    -- Ten minutes before the window, so that its first sample has one before it; a minute after it tells whether a
+    -- fall lasts.
     select *
     from stg_host_devices
     where
         sampled_at >= getvariable('window_start') - interval 10 minute
-        and sampled_at < getvariable('window_end')
+        and sampled_at < getvariable('window_end') + interval 1 minute
+
+),
+
+counted as (
+
+    select *, list_sum(list_value(*columns('_total$'))) as counted
+    from samples
+
+),
+
+placed as (
+
+    select
+        *,
+        is_out_of_place(counted, max(counted) over minute_before, max(counted) over minute_after) as is_out_of_place
+
+    from counted
+
+    window
+        by_time as (partition by host, kind, device, boot_id order by sampled_at),
+        minute_before as (by_time range between interval 1 minute preceding and interval 1 microsecond preceding),
+        minute_after as (by_time range between interval 1 microsecond following and interval 1 minute following)
 
 ),
 
 grown as (
 
+    -- A counter that one reading lacks has grown since the last reading that has it.
     select
         *,
         utc_step(60, sampled_at) as minute_at,
         epoch(sampled_at) - epoch(lag(sampled_at) over by_time) as gap_seconds,
-        counter_increase(lag(read_bytes_total ignore nulls) over by_time, read_bytes_total) as read_bytes,
-        counter_increase(lag(write_bytes_total ignore nulls) over by_time, write_bytes_total) as write_bytes,
-        counter_increase(lag(reads_total ignore nulls) over by_time, reads_total) as reads,
-        counter_increase(lag(writes_total ignore nulls) over by_time, writes_total) as writes,
-        counter_increase(lag(read_seconds_total ignore nulls) over by_time, read_seconds_total) as read_seconds,
-        counter_increase(lag(write_seconds_total ignore nulls) over by_time, write_seconds_total) as write_seconds,
-        counter_increase(lag(busy_seconds_total ignore nulls) over by_time, busy_seconds_total) as busy_seconds,
-        counter_increase(lag(errors_total ignore nulls) over by_time, errors_total) as errors,
-        counter_increase(lag(drops_total ignore nulls) over by_time, drops_total) as drops
+        case when not is_out_of_place then
+            counter_increase(lag(columns('(.+)_total$') ignore nulls) over in_place, columns('(.+)_total$'))
+        end as '\1'
 
-    from samples
+    from placed
 
-    window by_time as (partition by host, kind, device, boot_id order by sampled_at)
+    window
+        by_time as (partition by host, kind, device, boot_id order by sampled_at),
+        in_place as (partition by host, kind, device, boot_id, is_out_of_place order by sampled_at)
 
 ),
 
@@ -58,7 +78,7 @@ minutes as (
 
     from grown
 
-    where minute_at >= getvariable('window_start')
+    where minute_at >= getvariable('window_start') and minute_at < getvariable('window_end')
 
     group by host, kind, device, minute_at
 

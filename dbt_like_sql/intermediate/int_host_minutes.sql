@@ -3,62 +3,55 @@ with
 
 samples as (
 
-    -- Ten minutes more than the window, so that its first sample has one before it.
+    -- Ten minutes before the window, so that its first sample has one before it; a minute after it tells whether a
+    -- fall lasts.
     select *
     from stg_host_samples
     where
         sampled_at >= getvariable('window_start') - interval 10 minute
-        and sampled_at < getvariable('window_end')
+        and sampled_at < getvariable('window_end') + interval 1 minute
+
+),
+
+counted as (
+
+    -- Counters of two boots are never compared: partitioned by boot, the first sample of a boot has none before it.
+    select *, list_sum([cpu_user_seconds_total, cpu_system_seconds_total, cpu_idle_seconds_total]) as counted
+    from samples
+
+),
+
+placed as (
+
+    select
+        *,
+        is_out_of_place(counted, max(counted) over minute_before, max(counted) over minute_after) as is_out_of_place
+
+    from counted
+
+    window
+        by_time as (partition by host, boot_id order by sampled_at),
+        minute_before as (by_time range between interval 1 minute preceding and interval 1 microsecond preceding),
+        minute_after as (by_time range between interval 1 microsecond following and interval 1 minute following)
 
 ),
 
 grown as (
 
-    -- Counters of two boots are never compared: partitioned by boot, the first sample of a boot has none before it.
+    -- A counter that one reading lacks has grown since the last reading that has it.
     select
         *,
         utc_step(60, sampled_at) as minute_at,
         epoch(sampled_at) - epoch(lag(sampled_at) over by_time) as gap_seconds,
-        counter_increase(lag(cpu_user_seconds_total ignore nulls) over by_time, cpu_user_seconds_total)
-            as cpu_user_seconds,
-        counter_increase(lag(cpu_system_seconds_total ignore nulls) over by_time, cpu_system_seconds_total)
-            as cpu_system_seconds,
-        counter_increase(lag(cpu_idle_seconds_total ignore nulls) over by_time, cpu_idle_seconds_total)
-            as cpu_idle_seconds,
-        counter_increase(lag(cpu_iowait_seconds_total ignore nulls) over by_time, cpu_iowait_seconds_total)
-            as cpu_iowait_seconds,
-        counter_increase(lag(cpu_steal_seconds_total ignore nulls) over by_time, cpu_steal_seconds_total)
-            as cpu_steal_seconds,
-        counter_increase(lag(context_switches_total ignore nulls) over by_time, context_switches_total)
-            as context_switches,
-        counter_increase(lag(swap_in_bytes_total ignore nulls) over by_time, swap_in_bytes_total) as swap_in_bytes,
-        counter_increase(lag(swap_out_bytes_total ignore nulls) over by_time, swap_out_bytes_total) as swap_out_bytes,
-        counter_increase(lag(major_faults_total ignore nulls) over by_time, major_faults_total) as major_faults,
-        counter_increase(lag(oom_kills_total ignore nulls) over by_time, oom_kills_total) as oom_kills,
-        counter_increase(lag(psi_cpu_some_seconds_total ignore nulls) over by_time, psi_cpu_some_seconds_total)
-            as psi_cpu_some_seconds,
-        counter_increase(lag(psi_memory_some_seconds_total ignore nulls) over by_time, psi_memory_some_seconds_total)
-            as psi_memory_some_seconds,
-        counter_increase(lag(psi_memory_full_seconds_total ignore nulls) over by_time, psi_memory_full_seconds_total)
-            as psi_memory_full_seconds,
-        counter_increase(lag(psi_io_some_seconds_total ignore nulls) over by_time, psi_io_some_seconds_total)
-            as psi_io_some_seconds,
-        counter_increase(lag(psi_io_full_seconds_total ignore nulls) over by_time, psi_io_full_seconds_total)
-            as psi_io_full_seconds,
-        counter_increase(lag(tcp_retransmits_total ignore nulls) over by_time, tcp_retransmits_total)
-            as tcp_retransmits,
-        counter_increase(
-            lag(cgroup_cpu_throttled_seconds_total ignore nulls) over by_time, cgroup_cpu_throttled_seconds_total
-        ) as cgroup_cpu_throttled_seconds,
-        counter_increase(
-            lag(cgroup_cpu_throttled_periods_total ignore nulls) over by_time, cgroup_cpu_throttled_periods_total
-        ) as cgroup_cpu_throttled_periods,
-        counter_increase(lag(cgroup_oom_kills_total ignore nulls) over by_time, cgroup_oom_kills_total)
-            as cgroup_oom_kills
+        case when not is_out_of_place then
+            counter_increase(lag(columns('(.+)_total$') ignore nulls) over in_place, columns('(.+)_total$'))
+        end as '\1'
 
-    from samples
+    from placed
 
-    window by_time as (partition by host, boot_id order by sampled_at)
+    window
+        by_time as (partition by host, boot_id order by sampled_at),
+        in_place as (partition by host, boot_id, is_out_of_place order by sampled_at)
 
 ),
 
@@ -108,7 +101,7 @@ minutes as (
 
     from grown
 
-    where minute_at >= getvariable('window_start')
+    where minute_at >= getvariable('window_start') and minute_at < getvariable('window_end')
 
     group by host, minute_at
 

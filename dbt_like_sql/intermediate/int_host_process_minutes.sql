@@ -3,32 +3,54 @@ with
 
 samples as (
 
-    -- Ten minutes more than the window, so that its first sample has one before it.
+    -- Ten minutes before the window, so that its first sample has one before it; a minute after it tells whether a
+    -- fall lasts.
     select *
     from stg_host_processes
     where
         sampled_at >= getvariable('window_start') - interval 10 minute
-        and sampled_at < getvariable('window_end')
+        and sampled_at < getvariable('window_end') + interval 1 minute
+
+),
+
+counted as (
+
+    select *, cpu_seconds_total as counted
+    from samples
+
+),
+
+placed as (
+
+    select
+        *,
+        is_out_of_place(counted, max(counted) over minute_before, max(counted) over minute_after) as is_out_of_place
+
+    from counted
+
+    window
+        by_time as (partition by host, pid, process_started_at order by sampled_at),
+        minute_before as (by_time range between interval 1 minute preceding and interval 1 microsecond preceding),
+        minute_after as (by_time range between interval 1 microsecond following and interval 1 minute following)
 
 ),
 
 grown as (
 
+    -- A counter that one reading lacks has grown since the last reading that has it.
     select
         *,
         utc_step(60, sampled_at) as minute_at,
         epoch(sampled_at) - epoch(lag(sampled_at) over by_time) as gap_seconds,
-        counter_increase(lag(cpu_seconds_total ignore nulls) over by_time, cpu_seconds_total) as cpu_seconds,
-        counter_increase(lag(run_queue_wait_seconds_total ignore nulls) over by_time, run_queue_wait_seconds_total)
-            as run_queue_wait_seconds,
-        counter_increase(lag(voluntary_switches_total ignore nulls) over by_time, voluntary_switches_total)
-            as voluntary_switches,
-        counter_increase(lag(involuntary_switches_total ignore nulls) over by_time, involuntary_switches_total)
-            as involuntary_switches
+        case when not is_out_of_place then
+            counter_increase(lag(columns('(.+)_total$') ignore nulls) over in_place, columns('(.+)_total$'))
+        end as '\1'
 
-    from samples
+    from placed
 
-    window by_time as (partition by host, pid, process_started_at order by sampled_at)
+    window
+        by_time as (partition by host, pid, process_started_at order by sampled_at),
+        in_place as (partition by host, pid, process_started_at, is_out_of_place order by sampled_at)
 
 ),
 
@@ -54,7 +76,7 @@ minutes as (
 
     from grown
 
-    where minute_at >= getvariable('window_start')
+    where minute_at >= getvariable('window_start') and minute_at < getvariable('window_end')
 
     group by host, pid, process_started_at, minute_at
 
