@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +23,7 @@ from resources.rollouts.targets.base import TargetError
 
 # A process that has been told twice is gone within this, or hangs in the kernel.
 KILL_SECONDS = 10.0
+POLL_SECONDS = 0.1
 
 
 class LauncherError(TargetError):
@@ -95,11 +97,9 @@ class LocalLauncher:
             family = [*process.children(recursive=True), process]
             for one in family:
                 _quietly(one.terminate)
-            _, left = psutil.wait_procs(family, timeout=grace_seconds)
-            for one in left:
+            for one in _still_alive(family, grace_seconds):
                 _quietly(one.kill)
-            _, left = psutil.wait_procs(left, timeout=KILL_SECONDS)
-            if left:
+            if _still_alive(family, KILL_SECONDS):
                 raise LauncherError(f"{name} (pid {process.pid}) does not end; see {self.log_path(name)}")
         self._file(name).unlink(missing_ok=True)
 
@@ -127,13 +127,28 @@ class LocalLauncher:
         try:
             process = psutil.Process(int(str(known["pid"])))
             is_same = abs(process.create_time() - float(str(known["created"]))) < 1.0
-            if is_same and process.status() == psutil.STATUS_ZOMBIE:
-                # Our own child that nobody waited for.
-                _quietly(lambda: process.wait(timeout=0))
-                return None
         except psutil.NoSuchProcess:
             return None
-        return process if is_same else None
+        return process if is_same and _is_alive(process) else None
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """Whether it still runs. One that has ended and that nobody waited for is gone; if it is our child, we wait."""
+    try:
+        if process.status() != psutil.STATUS_ZOMBIE:
+            return True
+    except psutil.NoSuchProcess:
+        return False
+    _quietly(lambda: process.wait(timeout=0))
+    return False
+
+
+def _still_alive(family: Sequence[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Those that have not ended after so many seconds. psutil's own wait takes a zombie of another parent for alive."""
+    until = time.monotonic() + seconds
+    while (alive := [one for one in family if _is_alive(one)]) and time.monotonic() < until:
+        psutil.wait_procs(alive, timeout=POLL_SECONDS)
+    return alive
 
 
 def _running(line: Sequence[str]) -> psutil.Process | None:
