@@ -126,6 +126,12 @@ class DeploymentRollouts(Frozen):
     orchestrator: OrchestratorSettings | None = None
     dry_run: DryRunSettings = DryRunSettings()
     quality_prompts: str | None = Field(default=None, description="JSON lines file with prompts of known answers.")
+    load_generator: Literal["auto", "aiperf", "vllm", "own"] = Field(
+        default="auto", description="What sends the compared load of a staging test; auto: aiperf or vllm if installed."
+    )
+    tokenizer: str | None = Field(
+        default=None, description="Tokenizer for aiperf and vllm, a name or a folder; the model's name when absent."
+    )
 
 
 class RolloutPolicy(Frozen):

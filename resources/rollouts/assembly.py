@@ -22,6 +22,7 @@ from optiinfra_pipelines.rollout.quality import read_prompts
 from optiinfra_pipelines.rollout.staging_load import LoadMix
 from resources.rollouts.executor import Executor
 from resources.rollouts.feed import ScrapeFeed, requests_in_flight
+from resources.rollouts.generators import find_generator
 from resources.rollouts.gpu_watch import GpuWatch
 from resources.rollouts.history import StableHistory
 from resources.rollouts.ports import Feed, Staging
@@ -120,6 +121,7 @@ def _served(rollouts: Rollouts, row: Rollout, settings: DeploymentRollouts) -> P
         target,
         model=model,
         prompts=prompts if needs_prompts else (),
+        generator=find_generator(settings.load_generator, settings.tokenizer, rollouts.environ),
         mix=lambda: history.load_mix(rollouts.clock().at) if history is not None else LoadMix(),
         kv_tokens=kv_tokens,
         expected_kv_tokens=row.proposal.plan.expected_kv_tokens,

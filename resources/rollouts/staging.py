@@ -7,9 +7,10 @@ say, is `optiinfra_pipelines.rollout.staging_load`.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +19,7 @@ import httpx
 
 from optiinfra_pipelines.domain.verdicts import VerdictKind
 from optiinfra_pipelines.rollout.guards import KV_SHORTFALL_RATIO
+from optiinfra_pipelines.rollout.load_generators import GeneratorError, payload
 from optiinfra_pipelines.rollout.quality import Prompt, compare
 from optiinfra_pipelines.rollout.staging_load import (
     MAX_ROUNDS,
@@ -29,6 +31,7 @@ from optiinfra_pipelines.rollout.staging_load import (
     plan_round,
 )
 from resources.rollouts.clock import Moment
+from resources.rollouts.generators import Generator
 from resources.rollouts.ports import StagingReport
 from resources.rollouts.targets.base import Replica, ServedTarget, TargetError
 
@@ -42,6 +45,8 @@ _SEED = 20_260_102
 
 # KV cache of a replica in tokens, as it tells now; None where it does not.
 KvTokens = Callable[[Replica], float | None]
+# Seconds of each compared request at the candidate and at the stable replica, None where it failed.
+_Arms = tuple[list[float | None], list[float | None]]
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,8 @@ class _Answer:
 class HttpStaging:
     """Candidates with an OpenAI-compatible API. model: name to ask for. prompts: with known answers, for quality.
 
-    mix: what stable replicas serve, asked once before the load. kv_tokens, expected_kv_tokens: a candidate whose cache
+    generator: what sends the compared requests; None: we do. mix: what stable replicas serve, asked once before the
+    load. kv_tokens, expected_kv_tokens: a candidate whose cache
     is over 5 % smaller than expected is not ready, nor is one that does not tell while it could.
     """
 
@@ -69,6 +75,7 @@ class HttpStaging:
         model: str,
         prompts: Sequence[Prompt] = (),
         health_path: str = "/health",
+        generator: Generator | None = None,
         mix: Callable[[], LoadMix] = LoadMix,
         kv_tokens: KvTokens | None = None,
         expected_kv_tokens: float | None = None,
@@ -77,6 +84,7 @@ class HttpStaging:
         self._model = model
         self._prompts = prompts
         self._health_path = health_path
+        self._generator = generator
         self._mix = mix
         self._kv_tokens = kv_tokens
         self._expected_kv_tokens = expected_kv_tokens
@@ -131,29 +139,73 @@ class HttpStaging:
 
     def _loaded(self, candidate: Replica, stable: Replica, mix: LoadMix) -> tuple[LoadVerdict, dict[str, Any]]:
         """Rounds of load at both until they tell them apart or are used up; and the numbers."""
-        ours: list[_Answer] = []
-        theirs: list[_Answer] = []
+        ours: list[float | None] = []
+        theirs: list[float | None] = []
         verdict = LoadVerdict(VerdictKind.NODATA, "nothing was asked")
+        sent: dict[str, Any] = {"generator": "optiinfra"}
         for _ in range(MAX_ROUNDS):
             # A repeated test asks new prompts: those of the one before lie in both arms' prefix caches.
             planned = plan_round(mix, seed=_SEED, index=self._rounds)
             self._rounds += 1
-            with ThreadPoolExecutor(max_workers=2) as both:
-                at_candidate = both.submit(self._send, candidate, planned)
-                at_stable = both.submit(self._send, stable, [one for one in planned if one.is_compared])
-                ours += at_candidate.result()
-                theirs += at_stable.result()
-            verdict = judge_load([one.taken for one in ours], [one.taken for one in theirs])
+            round_ours, round_theirs = self._generated(candidate, stable, planned, sent) or self._sent(
+                candidate, stable, planned
+            )
+            ours += round_ours
+            theirs += round_theirs
+            verdict = judge_load(ours, theirs)
             if verdict.kind in (VerdictKind.PASS, VerdictKind.FAIL):
                 break
         numbers: dict[str, Any] = {
+            **sent,
             "requests": len(ours),
-            "candidate_failed": sum(one.text is None for one in ours),
-            "stable_failed": sum(one.text is None for one in theirs),
+            "candidate_failed": sum(one is None for one in ours),
+            "stable_failed": sum(one is None for one in theirs),
             "candidate_median_seconds": _median(ours),
             "stable_median_seconds": _median(theirs),
         }
         return verdict, numbers
+
+    def _sent(self, candidate: Replica, stable: Replica, planned: Sequence[PlannedRequest]) -> _Arms:
+        """One round by ourselves: seconds of each compared request at the candidate and at the stable replica."""
+        with ThreadPoolExecutor(max_workers=2) as both:
+            at_candidate = both.submit(self._send, candidate, planned)
+            at_stable = both.submit(self._send, stable, [one for one in planned if one.is_compared])
+            return [one.taken for one in at_candidate.result()], [one.taken for one in at_stable.result()]
+
+    def _generated(
+        self, candidate: Replica, stable: Replica, planned: Sequence[PlannedRequest], sent: dict[str, Any]
+    ) -> _Arms | None:
+        """One round by the standard generator, the candidate's background by ourselves; None where there is none.
+
+        One that does not work is told in `sent` and not asked again: a test by our own load is better than none.
+        """
+        generator = self._generator
+        if generator is None:
+            return None
+        compared = [one for one in planned if one.is_compared]
+        background = [one for one in planned if not one.is_compared]
+        is_over = threading.Event()
+        try:
+            with ThreadPoolExecutor(max_workers=3) as pool:
+                besides = pool.submit(self._load_beside, candidate, background, is_over)
+                arms = [
+                    pool.submit(generator.run, one.url, self._model, compared, _SEED) for one in (candidate, stable)
+                ]
+                wait(arms)
+                is_over.set()
+                besides.result()
+            ours, theirs = (arm.result() for arm in arms)
+        except GeneratorError as error:
+            sent["generator_fault"] = str(error)
+            self._generator = None
+            return None
+        sent["generator"] = f"{generator.name} {ours.version}"
+        return list(ours.seconds), list(theirs.seconds)
+
+    def _load_beside(self, server: Replica, background: Sequence[PlannedRequest], is_over: threading.Event) -> None:
+        """The background again and again until the compared load is over: a generator takes its time to start."""
+        while background and not is_over.is_set():
+            self._send(server, background, is_over)
 
     def _why_not(self, server: Replica) -> str | None:
         try:
@@ -180,11 +232,15 @@ class HttpStaging:
             return f"KV cache of {actual:.0f} tokens, {1 - actual / expected:.0%} under the expected {expected:.0f}"
         return None
 
-    def _send(self, server: Replica, planned: Sequence[PlannedRequest]) -> list[_Answer]:
+    def _send(
+        self, server: Replica, planned: Sequence[PlannedRequest], is_over: threading.Event | None = None
+    ) -> list[_Answer]:
         """Send each at its time, whatever became of those before; the answers to the compared ones."""
         with ThreadPoolExecutor(max_workers=_MOST_IN_FLIGHT) as pool:
             begun, compared = time.monotonic(), []
             for one in planned:
+                if is_over is not None and is_over.is_set():
+                    break
                 time.sleep(max(0.0, begun + one.at_seconds - time.monotonic()))
                 future = pool.submit(self._ask, server, one.prompt, one.max_tokens)
                 if one.is_compared:
@@ -192,7 +248,7 @@ class HttpStaging:
             return [future.result() for future in compared]
 
     def _ask(self, server: Replica, prompt: str, max_tokens: int) -> _Answer:
-        body = {"model": self._model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "seed": 0}
+        body = payload(prompt, max_tokens, self._model)
         begun = time.monotonic()
         try:
             reply = self._client.post(f"{server.url.rstrip('/')}/v1/completions", json=body)
@@ -202,6 +258,7 @@ class HttpStaging:
         return _Answer(time.monotonic() - begun, text)
 
 
-def _median(answers: Sequence[_Answer]) -> float:
-    times = sorted(one.seconds for one in answers)
-    return times[len(times) // 2]
+def _median(taken: Sequence[float | None]) -> float | None:
+    """Of the requests that were answered; None without any."""
+    times = sorted(one for one in taken if one is not None)
+    return times[len(times) // 2] if times else None

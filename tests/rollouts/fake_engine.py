@@ -64,12 +64,14 @@ def main() -> None:
                 return
             first.observe(seconds)
             tokens.inc(8)
+            answer = {"object": "text_completion", "choices": [{"index": 0, "text": f"yes from {given.port}"}]}
             finished.inc()
-            self.answer(200, json.dumps({"choices": [{"text": f"yes from {given.port}"}]}).encode())
+            self.answer(200, json.dumps(answer).encode())
 
         def answer(self, status: int, body: bytes) -> None:
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Type", "text/plain" if body[:1] != b"{" else "application/json")
             self.send_header("X-Server", str(given.port))
             self.end_headers()
             self.wfile.write(body)
