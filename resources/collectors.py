@@ -155,7 +155,7 @@ def fleet_frames(fleet: Fleet, loaded_at: datetime) -> dict[str, pl.DataFrame]:
         {
             "loaded_at": loaded_at,
             "deployment": deployment.name,
-            **deployment.model_dump(exclude={"name", "shape", "objectives"}),
+            **deployment.model_dump(exclude={"name", "shape", "objectives", "flags"}),
         }
         for deployment in fleet.deployments
     ]
