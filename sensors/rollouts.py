@@ -65,11 +65,14 @@ def _watch(rollouts: Rollouts, outlet: AlertOutlet) -> dg.SensorDefinition:
         told = tell(outlet, known, fired, resolved)
         if not watched and not told.is_news:
             return dg.SkipReason("every rollout is in good hands")
+        requests = [_request(one.rollout_id, one.run_key) for one in watched if one.run_key]
+        said = "; ".join(f"{one.rollout_id}: {one.did}" for one in watched) or told.known.said
         return dg.SensorResult(
-            run_requests=[_request(one.rollout_id, one.run_key) for one in watched if one.run_key],
+            run_requests=requests,
             asset_events=told.events,
             cursor=told.known.cursor,
-            skip_reason=dg.SkipReason("; ".join(f"{one.rollout_id}: {one.did}" for one in watched) or told.known.said),
+            # Dagster takes either: a tick that launches something shows what.
+            skip_reason=None if requests else dg.SkipReason(said),
         )
 
     return watch_rollouts

@@ -215,6 +215,25 @@ def test_a_way_back_that_does_not_work_calls_a_person_once_and_tells_its_end(des
     assert ended.startswith(f"resolved: ROLLBACK_STUCK of {row.rollout_id}")
 
 
+def test_the_watch_asks_for_a_new_executor_when_one_was_lost(desk: Desk) -> None:
+    """The run of a rehearsal died in the middle: the sensor's own tick launches the next one, twice, then it is over."""
+    row = desk.propose()
+    desk.approve(row)
+    asked: list[str | None] = []
+    for _ in range(4):
+        executor = desk.rollouts.executor(row.rollout_id, "run:lost", "run-that-was-killed")
+        if desk.row(row).position.is_terminal:
+            break
+        executor.begin(desk.clock())
+        executor.step(desk.clock())
+        desk.clock.go(31)
+        ticked = desk.watch()
+        asked += [request.run_key for request in ticked.run_requests or []]
+
+    assert asked == [f"{row.rollout_id}:execute:1", f"{row.rollout_id}:execute:2"]
+    assert desk.row(row).position.state is RolloutState.ROLLED_BACK
+
+
 def _stop_when_paused(
     desk: Desk, row: Rollout, monkeypatch: pytest.MonkeyPatch, jump: timedelta | None = None
 ) -> list[PauseReason]:
