@@ -216,7 +216,7 @@ def test_a_way_back_that_does_not_work_calls_a_person_once_and_tells_its_end(des
 
 
 def test_the_watch_asks_for_a_new_executor_when_one_was_lost(desk: Desk) -> None:
-    """The run of a rehearsal died in the middle: the sensor's own tick launches the next one, twice, then it is over."""
+    """The run of a rehearsal died in the middle: the sensor's tick launches the next, twice, then it is over."""
     row = desk.propose()
     desk.approve(row)
     asked: list[str | None] = []
