@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from optiinfra_pipelines.analysis.ledger.effect import EARLY, EARLY_DUE
 from optiinfra_pipelines.commands import sql
 from optiinfra_pipelines.defs.rollouts import ROLLOUT_TAG
 from optiinfra_pipelines.domain.rollouts import Rollout, RolloutState
@@ -28,6 +29,8 @@ FINDING_SECONDS = ADVICE_SECONDS = 1200.0
 # Two minutes of reference, three steps of two, the bake, and starts on a busy host.
 ROLLOUT_SECONDS = 2400.0
 LOOK_SECONDS = 1.0
+# The ledger's first look wants whole minutes before the change began; traffic takes one to be steady.
+BEFORE_SECONDS = (EARLY.min_periods + 2) * EARLY.period.total_seconds()
 REQUESTER, APPROVER = "ada", "grace"
 # Few shares, each as short as the planner allows at this traffic: two minutes.
 PLAN: Mapping[str, Any] = {
@@ -84,6 +87,7 @@ class Walk:
         self._say("traffic runs; waiting for the pipeline to see what is wrong")
         self._finding()
         advice = self._advice()
+        self._wait_until(BEFORE_SECONDS, "minutes of before, for the ledger to compare with")
         before = self._recent_median()
         good = self._roll_out("the good change", {"recommendation_id": advice.recommendation_id}, "more batch slots")
         if good.position.state is not RolloutState.COMPLETED:
@@ -177,7 +181,14 @@ class Walk:
             f"select state, applied_at {where} and applied_at is not null", ADVICE_SECONDS, "the ledger's 'applied'"
         )
         self._say(f"ledger: {advice.change_text}: {found['state']} at {found['applied_at']:%H:%M:%S} UTC")
-        self._say("ledger: its effect is measured an hour later, from half an hour on either side of the change")
+        early = self._wait_for(
+            "select reason from recommendation_ledger where kind = 'measured_early' "
+            f"and recommendation_id = '{advice.recommendation_id}'",
+            EARLY_DUE.total_seconds() + ADVICE_SECONDS,
+            "the ledger's first look at the effect",
+        )
+        self._say(f"ledger: {early['reason']}")
+        self._say("ledger: what decides is measured an hour later, from half an hour on either side of the change")
 
     # --- parts ---------------------------------------------------------------------------------------------
 
@@ -194,6 +205,13 @@ class Walk:
                 return found.row(0, named=True)
             self._sleep()
         raise WalkError(f"{what} did not come within {seconds:.0f} s")
+
+    def _wait_until(self, seconds: float, what: str) -> None:
+        """Until so long after the walk's beginning."""
+        if time.monotonic() < self._began + seconds:
+            self._say(f"waiting until {seconds / 60:.0f}:00: {what}")
+        while time.monotonic() < self._began + seconds:
+            self._sleep()
 
     def _sleep(self) -> None:
         if self._is_stopped():

@@ -178,6 +178,7 @@ class LedgerEventKind(StrEnum):
     WITHDRAWN = "withdrawn"
     APPLIED = "applied"
     ROLLED_BACK = "rolled_back"
+    MEASURED_EARLY = "measured_early"
     MEASURED_RIGHT = "measured_right"
     MEASURED_WRONG = "measured_wrong"
     MEASURED_UNCLEAR = "measured_unclear"
@@ -203,6 +204,8 @@ TRANSITIONS: Mapping[tuple[LedgerState, LedgerEventKind], LedgerState] = Mapping
         (_S.PROPOSED, _K.WITHDRAWN): _S.OPEN,
         (_S.PROPOSED, _K.EXPIRED): _S.EXPIRED,
         (_S.PROPOSED, _K.APPLIED): _S.APPLIED,
+        # What the first minutes show is told and decides nothing.
+        (_S.APPLIED, _K.MEASURED_EARLY): _S.APPLIED,
         (_S.APPLIED, _K.MEASURED_RIGHT): _S.VERIFIED,
         (_S.APPLIED, _K.MEASURED_WRONG): _S.REFUTED,
         (_S.APPLIED, _K.MEASURED_UNCLEAR): _S.UNVERIFIABLE,
@@ -224,13 +227,18 @@ class LedgerEvent(Frozen):
 
 
 class LedgerEntry(Frozen):
-    """A recommendation and where it stands, folded from its events."""
+    """A recommendation and where it stands, folded from its events.
+
+    changing_since: when its rollout began, from when on part of the traffic may have had the change; None where it came
+    all at once.
+    """
 
     recommendation: Recommendation
     state: LedgerState
     state_at: AwareDatetime
     last_seen_at: AwareDatetime
     applied_at: AwareDatetime | None = None
+    changing_since: AwareDatetime | None = None
     replaced_by: str | None = None
 
 

@@ -207,6 +207,7 @@ class Rollout(Frozen):
     attempts: NonNegativeInt = 0
     is_settled: bool = False
     latency_stake: Annotated[float, Field(gt=0, le=1)] = 0.5
+    started_at: AwareDatetime | None = Field(default=None, description="When its first executor took it.")
     updated_at: AwareDatetime
 
     @property

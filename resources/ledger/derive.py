@@ -16,7 +16,7 @@ import duckdb
 
 from optiinfra_pipelines.analysis.ledger import life as ledger
 from optiinfra_pipelines.analysis.ledger.accuracy import past_effects
-from optiinfra_pipelines.analysis.ledger.effect import DUE, LEVEL, PERIOD, measure_effect
+from optiinfra_pipelines.analysis.ledger.effect import DUE, EARLY, EARLY_DUE, LEVEL, SETTLED, Scale, measure_effect
 from optiinfra_pipelines.analysis.recommendations.context import Context, GpuFacts
 from optiinfra_pipelines.analysis.recommendations.derive import Advice, Group, recommend
 from optiinfra_pipelines.analysis.recommendations.flags import declared_knobs
@@ -28,6 +28,7 @@ from optiinfra_pipelines.domain.models import shape_of
 from optiinfra_pipelines.domain.prices import price_of
 from optiinfra_pipelines.domain.recommendations import (
     ChangeKind,
+    Effect,
     Grade,
     LedgerEntry,
     LedgerEvent,
@@ -229,28 +230,49 @@ class Deriver:
         """Measurements that fell due in this window; the last one leaves nothing unclear open."""
         for entry in [one for one in book.entries.values() if one.state is LedgerState.APPLIED]:
             applied_at = entry.applied_at
+            if applied_at is not None and end - self.window < applied_at + EARLY_DUE <= end:
+                book.add(self._early(connection, entry, applied_at))
             due = [applied_at + wait for wait in DUE] if applied_at is not None else []
             now = next((at for at in due if end - self.window < at <= end), None)
             if applied_at is None or now is None:
                 continue
-            outcome = self._effect(connection, entry, applied_at, now)
+            outcome = self._effect(connection, entry, applied_at, now, SETTLED)
             effect = entry.recommendation.effects[0]
             is_last = now == due[-1]
             if isinstance(outcome, RealizedEffect):
                 book.realized[entry.recommendation.id] = outcome
                 kind = ledger.decide(effect, outcome)
-                reason = (
-                    f"{outcome.signal} changed by {outcome.change:+.4g} {outcome.unit} "
-                    f"({outcome.change_low:+.4g} to {outcome.change_high:+.4g}; {outcome.grade}); promised "
-                    f"{effect.change_low:+.4g} to {effect.change_high:+.4g}"
-                )
+                reason = _measured(outcome, effect)
             else:
                 kind, reason = LedgerEventKind.MEASURED_UNCLEAR, outcome
             if kind is not LedgerEventKind.MEASURED_UNCLEAR or is_last:
                 book.add(LedgerEvent(recommendation_id=entry.recommendation.id, at=now, kind=kind, reason=reason))
 
+    def _early(self, connection: duckdb.DuckDBPyConnection, entry: LedgerEntry, applied_at: datetime) -> LedgerEvent:
+        """What the first minutes show, for people who wait; a reason where they show nothing."""
+        at = applied_at + EARLY_DUE
+        outcome = self._effect(connection, entry, applied_at, at, EARLY)
+        detail: dict[str, str | float | int | None] = {}
+        if isinstance(outcome, RealizedEffect):
+            detail = {"change": outcome.change, "change_low": outcome.change_low, "change_high": outcome.change_high}
+            reason = _measured(outcome, entry.recommendation.effects[0])
+        else:
+            reason = outcome
+        return LedgerEvent(
+            recommendation_id=entry.recommendation.id,
+            at=at,
+            kind=LedgerEventKind.MEASURED_EARLY,
+            reason=f"the first {EARLY_DUE.total_seconds() / 60:.0f} minutes, which decide nothing: {reason}",
+            detail=detail,
+        )
+
     def _effect(
-        self, connection: duckdb.DuckDBPyConnection, entry: LedgerEntry, applied_at: datetime, now: datetime
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        entry: LedgerEntry,
+        applied_at: datetime,
+        now: datetime,
+        scale: Scale,
     ) -> RealizedEffect | str:
         targets = self._targets(entry)
         if entry.recommendation.effects[0].signal == "gpus_held":
@@ -259,16 +281,11 @@ class Deriver:
         # A change that no page and no restart shows reached all of them, as far as we know.
         changed = changed or targets
         others = [target for target in alone if target not in changed]
-        span = now - applied_at
-        rows = read_effect_rows(
-            connection,
-            entry.recommendation.effects[0].signal,
-            [*changed, *others],
-            changed,
-            applied_at - span - PERIOD,
-            now,
-        )
-        return measure_effect(entry.recommendation.id, entry.recommendation.effects[0].signal, rows, applied_at, now)
+        since = entry.changing_since or applied_at
+        signal = entry.recommendation.effects[0].signal
+        window = (since - (now - applied_at) - scale.period, now)
+        rows = read_effect_rows(connection, signal, [*changed, *others], changed, window, scale)
+        return measure_effect(entry.recommendation.id, signal, rows, applied_at, now, changing_since=since, scale=scale)
 
     def _freed(self, entry: LedgerEntry, replicas: int, now: datetime) -> RealizedEffect | str:
         """GPUs are counted, not estimated: the interval is a point."""
@@ -298,6 +315,14 @@ class Deriver:
 
 
 _NOT_APPLIED = frozenset({LedgerState.OPEN, LedgerState.PROPOSED, LedgerState.EXPIRED, LedgerState.SUPERSEDED})
+
+
+def _measured(outcome: RealizedEffect, effect: Effect) -> str:
+    return (
+        f"{outcome.signal} changed by {outcome.change:+.4g} {outcome.unit} "
+        f"({outcome.change_low:+.4g} to {outcome.change_high:+.4g}; {outcome.grade}); promised "
+        f"{effect.change_low:+.4g} to {effect.change_high:+.4g}"
+    )
 
 
 def _worst(facts: Sequence[GpuFacts]) -> GpuFacts:

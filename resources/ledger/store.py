@@ -53,7 +53,8 @@ create table if not exists recommendations (
     last_seen_at timestamptz, state varchar, state_at timestamptz, applied_at timestamptz, replaced_by varchar,
     change_text varchar, effect_signal varchar, effect_unit varchar, effect_before double, effect_low double,
     effect_high double, effect_basis varchar, score double, usd_per_hour_change double, risk varchar,
-    quality_gate varchar, finding_ids varchar[], document varchar);
+    quality_gate varchar, finding_ids varchar[], document varchar, changing_since timestamptz);
+alter table recommendations add column if not exists changing_since timestamptz;
 create table if not exists recommendation_evidence (
     recommendation_id varchar, place integer, name varchar, value double, unit varchar, window_start timestamptz,
     window_end timestamptz, threshold double, table_name varchar, keys varchar, sql varchar);
@@ -214,10 +215,11 @@ def _first_sample(connection: duckdb.DuckDBPyConnection) -> datetime | None:
 
 def _load(connection: duckdb.DuckDBPyConnection) -> Ledger:
     rows = connection.execute(
-        "select document, state, state_at, last_seen_at, applied_at, replaced_by from recommendations order by id"
+        "select document, state, state_at, last_seen_at, applied_at, replaced_by, changing_since from recommendations "
+        "order by id"
     ).fetchall()
     entries = {}
-    for document, state, state_at, last_seen_at, applied_at, replaced_by in rows:
+    for document, state, state_at, last_seen_at, applied_at, replaced_by, changing_since in rows:
         recommendation = Recommendation.model_validate_json(document)
         entries[recommendation.id] = LedgerEntry(
             recommendation=recommendation,
@@ -226,6 +228,7 @@ def _load(connection: duckdb.DuckDBPyConnection) -> Ledger:
             last_seen_at=last_seen_at,
             applied_at=applied_at,
             replaced_by=replaced_by,
+            changing_since=changing_since,
         )
     documents = connection.execute("select document from recommendation_effects").fetchall()
     realized = [RealizedEffect.model_validate_json(document) for (document,) in documents]
@@ -303,6 +306,7 @@ def _row(entry: LedgerEntry) -> tuple[object, ...]:
         *(entry.state_at, entry.applied_at, entry.replaced_by, one.change_text, effect.signal, effect.unit),
         *(effect.before, effect.change_low, effect.change_high, effect.basis.value, one.score),
         *(one.usd_per_hour_change, one.risk, one.quality_gate, list(one.finding_ids), one.model_dump_json()),
+        entry.changing_since,
     )
 
 

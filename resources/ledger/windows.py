@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 import duckdb
 import polars as pl
 
-from optiinfra_pipelines.analysis.ledger.effect import PERIOD, SIGNALS, WARM_UP
+from optiinfra_pipelines.analysis.ledger.effect import EARLY, SETTLED, SIGNALS, Scale, SignalSource
 from optiinfra_pipelines.analysis.ledger.life import ConfigChange
 from optiinfra_pipelines.analysis.recommendations.context import GpuFacts
 from optiinfra_pipelines.analysis.recommendations.measures import HISTOGRAMS, SAMPLE_COLUMNS, Measures
@@ -80,7 +80,7 @@ def read_day(connection: duckdb.DuckDBPyConnection, start: datetime, end: dateti
             unusable=unusable,
             values={
                 # Periods that were seen, not the span: an hour without samples is an hour not looked at.
-                "window_seconds": count * PERIOD.total_seconds(),
+                "window_seconds": count * SETTLED.period.total_seconds(),
                 "kv_usage_max_ratio": kv,
                 "waiting_max": most,
                 "waiting_mean": waiting,
@@ -165,18 +165,28 @@ def read_effect_rows(
     signal: str,
     targets: Sequence[str],
     changed: Sequence[str],
-    start: datetime,
-    end: datetime,
+    window: tuple[datetime, datetime],
+    scale: Scale,
 ) -> pl.DataFrame:
-    """Five-minute rows of a signal for `measure_effect`; no rows for a signal that is not measured."""
+    """Rows of a signal for `measure_effect`, in the scale's periods; no rows for a signal that is not measured.
+
+    A replica that had nothing to do in a period (a spare, a candidate before its share) is not in it.
+    """
     source = SIGNALS.get(signal)
     if source is None:
         return pl.DataFrame(schema=_EFFECT_SCHEMA)
+    query = _effect_minutes(source) if scale is EARLY else _effect_periods(source)
+    frame: pl.DataFrame = connection.sql(
+        query, params={"changed": list(changed), "targets": list(targets), "start": window[0], "end": window[1]}
+    ).pl()
+    return frame
+
+
+def _effect_periods(source: SignalSource) -> str:
     over = f"s.{source.column} / nullif(s.{source.per}, 0)" if source.per else f"s.{source.column}"
     table = "fct_latency_5m" if source.metric else "fct_replica_load_5m"
     metric = f" and s.metric = '{source.metric}'" if source.metric else ""
-    frame: pl.DataFrame = connection.sql(
-        f"""
+    return f"""
         select
             l.target, l.period_at, list_contains($changed, l.target) as is_changed, ({over})::double as value,
             l.requests_per_second, l.prompt_tokens / nullif(l.requests_finished, 0) as prompt_tokens_per_request,
@@ -185,10 +195,41 @@ def read_effect_rows(
         inner join {table} s on s.target = l.target and s.period_at = l.period_at{metric}
         where list_contains($targets, l.target) and l.period_at >= $start and l.period_at < $end
             and (l.restart_count = 0 or l.restart_count is null)
-        """,
-        params={"changed": list(changed), "targets": list(targets), "start": start, "end": end},
-    ).pl()
-    return frame
+            and not coalesce(l.requests_running_max = 0 and coalesce(l.generation_tokens, 0) = 0, false)
+        """
+
+
+def _effect_minutes(source: SignalSource) -> str:
+    """The same from minutes, of which there is one row a rank: sizes, requests and tokens of ranks add up."""
+    table = "int_latency_minutes" if source.metric else "int_engine_minutes"
+    column = f"sum({source.column})"
+    over = f"{column} / nullif(sum({source.per}), 0)" if source.per else column
+    metric = f" and metric = '{source.metric}'" if source.metric else ""
+    return f"""
+        with wanted as (
+            select target, minute_at, ({over})::double as value
+            from {table}
+            where list_contains($targets, target) and minute_at >= $start and minute_at < $end{metric}
+            group by all
+        ),
+        load as (
+            select
+                target, minute_at, sum(restart_count) as restart_count, max(observed_seconds) as seconds,
+                max(requests_running_max) as running, sum(requests_finished) as requests,
+                sum(prompt_tokens) as prompts, sum(generation_tokens) as outputs
+            from int_engine_minutes
+            where list_contains($targets, target) and minute_at >= $start and minute_at < $end
+            group by target, minute_at
+        )
+        select
+            target, minute_at as period_at, list_contains($changed, target) as is_changed, value,
+            (requests / nullif(seconds, 0))::double as requests_per_second,
+            (prompts / nullif(requests, 0))::double as prompt_tokens_per_request,
+            (outputs / nullif(requests, 0))::double as generation_tokens_per_request
+        from load inner join wanted using (target, minute_at)
+        where (restart_count = 0 or restart_count is null)
+            and not coalesce(running = 0 and coalesce(outputs, 0) = 0, false)
+        """
 
 
 def read_changed_targets(
@@ -203,10 +244,10 @@ def read_changed_targets(
         "select target, changed_at as touched_at from int_config_changes where previous_config_hash is not null "
         "union all select target, period_at from fct_replica_load_5m where restart_count > 0) "
         "where touched_at > $1 and touched_at <= $2 and list_contains($3, target) group by target",
-        [applied_at - PERIOD - timedelta(seconds=1), until, list(targets)],
+        [applied_at - SETTLED.period - timedelta(seconds=1), until, list(targets)],
     ).fetchall()
     touched = dict(rows)
-    changed = [target for target in targets if target in touched and touched[target] <= applied_at + WARM_UP]
+    changed = [target for target in targets if target in touched and touched[target] <= applied_at + SETTLED.warm_up]
     return changed, [target for target in targets if target not in touched]
 
 

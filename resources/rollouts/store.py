@@ -157,6 +157,7 @@ class RolloutStore:
                     "approval": approval or present.approval,
                     "steps": known_steps,
                     "latency_stake": latency_stake or present.latency_stake,
+                    "started_at": now.at if given is Input.START else present.started_at,
                     "updated_at": now.at,
                 }
             )

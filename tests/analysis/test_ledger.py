@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import product
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from optiinfra_pipelines.analysis.ledger import life as ledger
 from optiinfra_pipelines.analysis.ledger.accuracy import accuracy, past_effects, share_interval
-from optiinfra_pipelines.analysis.ledger.effect import WARM_UP, measure_effect
+from optiinfra_pipelines.analysis.ledger.effect import EARLY, EARLY_DUE, SETTLED, measure_effect
 from optiinfra_pipelines.domain.evidence import Signal
 from optiinfra_pipelines.domain.findings import Subject
 from optiinfra_pipelines.domain.recommendations import (
@@ -126,7 +127,7 @@ def realized(change: float, half: float, number: int = 0) -> RealizedEffect:
 
 
 def test_every_state_and_event_has_one_answer() -> None:
-    """Total: 80 pairs, each moves to a state or refuses with a reason and stays; final states never move."""
+    """Total: 88 pairs, each moves to a state or refuses with a reason and stays; final states never move."""
     moved = set()
     for state, kind in product(LedgerState, LedgerEventKind):
         move = ledger.transition(state, kind)
@@ -151,6 +152,7 @@ def test_every_state_and_event_has_one_answer() -> None:
             ("proposed", "withdrawn"),
             ("proposed", "expired"),
             ("proposed", "applied"),
+            ("applied", "measured_early"),
             ("applied", "measured_right"),
             ("applied", "measured_wrong"),
             ("applied", "measured_unclear"),
@@ -348,10 +350,59 @@ def test_too_few_periods_are_no_measurement() -> None:
     outcome = measure_effect("0" * 16, "requests_waiting_mean", series(-16.0, periods=4), START, START + HOUR)
     assert isinstance(outcome, str)
     assert "4 periods before and 4 after" in outcome
-    assert timedelta(minutes=10) == WARM_UP
+    assert timedelta(minutes=10) == SETTLED.warm_up
     assert measure_effect("0" * 16, "power_mean_watts", series(1.0), START, START + HOUR) == (
         "power_mean_watts is not measured"
     )
+
+
+def minutes_of(effect: float, *, load_jump: float = 0.0, seed: int = 0) -> pl.DataFrame:
+    """One-minute rows of a swap: old replicas until noon, in part relieved from five minutes before, new ones after."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(-20, 15):
+        for target in ("old", "new") if -5 <= i < 0 else ("old",) if i < 0 else ("new",):
+            load = 5 + (load_jump if i >= 0 else 0.0) + rng.normal(0, 0.1)
+            value = 30 + rng.normal(0, 1) + (effect if i >= 0 else effect / 2 if i >= -5 else 0.0)
+            at = START + timedelta(minutes=i)
+            mix = {"prompt_tokens_per_request": None, "generation_tokens_per_request": 100.0}
+            rows.append(
+                {"target": target, "period_at": at, "is_changed": True, "value": value, "requests_per_second": load}
+                | mix
+            )
+    return pl.DataFrame(rows)
+
+
+def early(rows: pl.DataFrame) -> RealizedEffect | str:
+    return measure_effect(
+        *("0" * 16, "requests_waiting_mean", rows, START, START + EARLY_DUE),
+        changing_since=START - timedelta(minutes=5),
+        scale=EARLY,
+    )
+
+
+def test_an_early_look_compares_whole_minutes_before_the_change_began_and_after_it_was_done() -> None:
+    """The old replicas' fifteen minutes before the rollout began, the new ones' twelve after their warm-up."""
+    outcome = early(minutes_of(-25.0))
+
+    assert isinstance(outcome, RealizedEffect)
+    assert (outcome.periods_before, outcome.periods_after) == (15, 12)
+    assert outcome.change_low < -25 < outcome.change_high < 0
+    assert outcome.change_high - outcome.change_low < 5
+
+
+def test_an_early_look_at_another_load_tells_nothing() -> None:
+    outcome = early(minutes_of(-25.0, load_jump=2.0))
+
+    assert isinstance(outcome, str)
+    assert re.search(r"requests_per_second changed by \+(3|4)\d% meanwhile", outcome)
+
+
+def test_an_early_look_does_not_decide() -> None:
+    """It is in the log, and the change stays applied until the settled measurement."""
+    after = ledger.transition(LedgerState.APPLIED, LedgerEventKind.MEASURED_EARLY)
+
+    assert (after.state, after.refusal) == (LedgerState.APPLIED, None)
 
 
 @pytest.mark.parametrize(("controls", "periods"), [(2, 8), (2, 24), (0, 24), (0, 48)])

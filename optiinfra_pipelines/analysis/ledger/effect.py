@@ -18,14 +18,29 @@ import polars as pl
 from optiinfra_pipelines.domain.recommendations import Grade, RealizedEffect
 
 LEVEL = 0.95
-# Caches fill and kernels compile: twice the five-minute period in which the restart fell.
-WARM_UP = timedelta(minutes=10)
-PERIOD = timedelta(minutes=5)
-# Least five-minute periods on either side: under half an hour nothing is told from the minute-to-minute noise.
-MIN_PERIODS = 6
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How closely a measurement looks. warm_up: left out after the change. min_periods: least number on either side."""
+
+    period: timedelta
+    warm_up: timedelta
+    min_periods: int
+
+
+# Caches fill and kernels compile: twice the five-minute period in which the restart fell. Under half an hour on either
+# side nothing is told from the minute-to-minute noise.
+SETTLED = Scale(timedelta(minutes=5), timedelta(minutes=10), 6)
+# For people who wait: what the first minutes show. It decides nothing, for load that moved with the change by chance is
+# in it; eight minutes a side are what an interval over neighboring minutes needs.
+EARLY = Scale(timedelta(minutes=1), timedelta(minutes=3), 8)
+EARLY_DUE = timedelta(minutes=15)
+# A measure of load or mix that differs by more than this between the sides makes an early look worthless.
+ALIKE_RATIO = 0.15
 # When a measurement is tried, counted from the change: an hour and the warm-up, a shift, a day, a week. The first that
 # is clear counts; what a week leaves unclear cannot be verified.
-DUE = tuple(WARM_UP + timedelta(hours=hours) for hours in (1, 6, 24, 168))
+DUE = tuple(SETTLED.warm_up + timedelta(hours=hours) for hours in (1, 6, 24, 168))
 # Load and mix that the effect is adjusted for: requests a second and replica, tokens in and out of a request.
 COVARIATES = ("requests_per_second", "prompt_tokens_per_request", "generation_tokens_per_request")
 
@@ -59,31 +74,38 @@ def measure_effect(
     rows: pl.DataFrame,
     applied_at: datetime,
     measured_at: datetime,
+    *,
+    changing_since: datetime | None = None,
+    scale: Scale = SETTLED,
 ) -> RealizedEffect | str:
     """The effect on `signal`, or why it cannot be told.
 
-    rows: target, period_at (UTC, starts of five minutes), is_changed (whether the target got the change), value and
-    COVARIATES (NULL where unknown); before and after windows of equal length around the change.
+    rows: target, period_at (UTC, starts of the scale's periods), is_changed (whether the target got the change), value
+    and COVARIATES (NULL where unknown); before and after windows of equal length around the change.
+    changing_since: when the change began to reach traffic, where that was before it was applied as a whole.
     """
     source = SIGNALS.get(signal)
     if source is None:
         return f"{signal} is not measured"
     known = rows.filter(
-        pl.col("value").is_not_null() & pl.col("value").is_finite(), pl.col("period_at") + PERIOD <= measured_at
+        pl.col("value").is_not_null() & pl.col("value").is_finite(), pl.col("period_at") + scale.period <= measured_at
     )
     sides = known.with_columns(
-        is_after=pl.when(pl.col("period_at") >= applied_at + WARM_UP)
+        is_after=pl.when(pl.col("period_at") >= applied_at + scale.warm_up)
         .then(pl.lit(True))
-        .when(pl.col("period_at") + PERIOD <= applied_at)
+        .when(pl.col("period_at") + scale.period <= (changing_since or applied_at))
         .then(pl.lit(False))
         .otherwise(None)
     ).drop_nulls("is_after")
     changed = sides.filter("is_changed")
     unchanged = sides.filter(~pl.col("is_changed"))
-    series, grade = _series(changed, unchanged)
+    series, grade = _series(changed, unchanged, scale.min_periods)
     before, after = series.filter(~pl.col("is_after")).height, series.filter("is_after").height
-    if min(before, after) < MIN_PERIODS:
-        return f"{before} periods before and {after} after the change; {MIN_PERIODS} are needed on both sides"
+    if min(before, after) < scale.min_periods:
+        return f"{before} periods before and {after} after the change; {scale.min_periods} are needed on both sides"
+    moved = _moved(series) if scale is EARLY else None
+    if moved is not None:
+        return moved
     usable = [
         name for name in COVARIATES if not series[name].null_count() and float(series[name].to_numpy().std()) > 1e-12
     ]
@@ -106,7 +128,18 @@ def measure_effect(
     )
 
 
-def _series(changed: pl.DataFrame, unchanged: pl.DataFrame) -> tuple[pl.DataFrame, Grade]:
+def _moved(series: pl.DataFrame) -> str | None:
+    """Load or mix that is not the same on both sides, in words: a few minutes are too few to adjust for it."""
+    for name in COVARIATES:
+        before, after = (series.filter(pl.col("is_after") == side)[name].mean() for side in (False, True))
+        if isinstance(before, float) and isinstance(after, float) and before:
+            change = after / before - 1
+            if abs(change) > ALIKE_RATIO:
+                return f"{name} changed by {change:+.0%} meanwhile: the effect cannot be told apart from that so early"
+    return None
+
+
+def _series(changed: pl.DataFrame, unchanged: pl.DataFrame, min_periods: int) -> tuple[pl.DataFrame, Grade]:
     """One value a period: the changed replicas' mean, less that of unchanged ones of the same period where any are."""
     columns = ("value", *COVARIATES)
     means = [pl.col(name).mean() for name in columns]
@@ -114,7 +147,7 @@ def _series(changed: pl.DataFrame, unchanged: pl.DataFrame) -> tuple[pl.DataFram
     other = unchanged.group_by("period_at").agg(means)
     both = own.join(other, on="period_at", suffix="_other")
     halves = both.group_by("is_after").len()
-    if halves.height == 2 and min(halves["len"].to_list()) >= MIN_PERIODS:
+    if halves.height == 2 and min(halves["len"].to_list()) >= min_periods:
         differences = both.with_columns((pl.col(name) - pl.col(f"{name}_other")).alias(name) for name in columns)
         return differences.select("period_at", "is_after", *columns).sort("period_at"), Grade.CONCURRENT
     return own.select("period_at", "is_after", *columns).sort("period_at"), Grade.BEFORE_AFTER

@@ -93,6 +93,8 @@ def apply(entry: LedgerEntry | None, recommendation: Recommendation, event: Ledg
         update["last_seen_at"] = max(entry.last_seen_at, event.at)
     if event.kind is LedgerEventKind.APPLIED:
         update["applied_at"] = event.at
+        since = event.detail.get("changing_since")
+        update["changing_since"] = datetime.fromisoformat(since) if isinstance(since, str) else None
     if event.kind is LedgerEventKind.SUPERSEDED:
         update["replaced_by"] = event.detail.get("replaced_by")
     return entry.model_copy(update=update)
@@ -277,7 +279,10 @@ def from_rollout(entry: LedgerEntry, rollout: Rollout) -> LedgerEvent | None:
         at=rollout.updated_at,
         kind=kind,
         reason=f"rollout {rollout.rollout_id} is {rollout.position}",
-        detail={"rollout_id": rollout.rollout_id},
+        detail={
+            "rollout_id": rollout.rollout_id,
+            "changing_since": rollout.started_at.isoformat() if rollout.started_at else None,
+        },
     )
 
 
