@@ -129,13 +129,32 @@ def report(settings: tuple[Paths, dict[str, str]], hours: float, out: Path | Non
 @click.argument("into", type=click.Path(path_type=Path))
 @click.option("--format", "form", type=click.Choice(get_args(TraceFormat)), required=True, help="Format of the trace.")
 @click.option("--deployment", default="trace", show_default=True, help="Name of the deployment whose load it is.")
+@click.option("--model", default="unknown", help="Its model, as fleet.yaml names it: cache sizes then come in bytes.")
+@click.option("--keep-duplicates", is_flag=True, help="Lines wholly the same are requests that look alike.")
 @click.option("--analyze", is_flag=True, help="Forecast, back-test and size caches on it, and print the tables.")
 @click.pass_obj
 def import_trace(
-    settings: tuple[Paths, dict[str, str]], source: Path, into: Path, form: TraceFormat, deployment: str, analyze: bool
+    settings: tuple[Paths, dict[str, str]],
+    source: Path,
+    into: Path,
+    form: TraceFormat,
+    deployment: str,
+    model: str,
+    keep_duplicates: bool,
+    analyze: bool,
 ) -> None:
-    """Read a public load trace into a state folder of its own, never the live one."""
+    """Read a public load trace, or an engine's log, into a state folder of its own, never the live one."""
     from optiinfra_pipelines.commands import replay_trace as command
 
     now = datetime.now(UTC)
-    command.run(source, form, into, live_home=settings[0].home, now=now, deployment=deployment, analyze=analyze)
+    command.run(
+        source,
+        form,
+        into,
+        live_home=settings[0].home,
+        now=now,
+        deployment=deployment,
+        model=model,
+        keep_duplicates=keep_duplicates,
+        analyze=analyze,
+    )

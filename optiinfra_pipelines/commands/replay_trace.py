@@ -5,30 +5,37 @@
 
 from __future__ import annotations
 
+import base64
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import click
-import dagster as dg
 import polars as pl
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from optiinfra_pipelines.analysis.traces import TraceError
 from optiinfra_pipelines.commands.console import console, print_table
-from optiinfra_pipelines.defs.forecast import forecast_assets
-from optiinfra_pipelines.defs.kv_cache import kv_cache_assets
-from optiinfra_pipelines.defs.scaling import scaling_assets
-from resources.advice.store import AdviceStore, advice_tables
+from optiinfra_pipelines.defs.traces import REPLICAS_AT_PEAK, TraceAdvice, analyze_trace
 from resources.traces.files import TraceFormat
-from resources.traces.importer import ImportedTrace, ImportRefusedError, import_trace, read_marker
-from resources.warehouse import Warehouse, WarehouseError
+from resources.traces.importer import ImportedTrace, ImportRefusedError, import_trace
+from resources.warehouse import WarehouseError
 
-# An imported trace tells nothing of replicas: capacity is taken so that its busiest minute needs so many.
-REPLICAS_AT_PEAK = 20
-# Clients of a ServeGen fleet over its days are some 230,000 rows: a minute of CPU, once and on demand.
-BOOSTED_ROWS = 500_000
+PICTURES = "pictures"
+EVENT_COLUMNS = (
+    "stored_blocks",
+    "unique_blocks",
+    "max_live_blocks",
+    "median_residency_seconds",
+    "restored_blocks",
+    "restored_tokens",
+    "extra_blocks_for_half",
+    "extra_blocks_for_80",
+    "extra_blocks_for_95",
+    "extra_blocks_for_all",
+)
+_PNG = re.compile(r"data:image/png;base64,([A-Za-z0-9+/=]+)")
 
 
 def run(
@@ -39,6 +46,8 @@ def run(
     live_home: Path,
     now: datetime,
     deployment: str,
+    model: str,
+    keep_duplicates: bool,
     analyze: bool,
 ) -> None:
     """Import, and with `analyze` print forecast skill, back-test and reuse. Raises click.ClickException."""
@@ -53,45 +62,37 @@ def run(
                 live_home=live_home,
                 ends_at=now,
                 deployment=deployment,
+                model=model,
+                keep_duplicates=keep_duplicates,
                 progress=lambda share: progress.update(task, completed=share),
             )
         _tell(imported, into)
         if analyze:
-            show(materialize_advice(into))
+            advice = analyze_trace(into)
+            show(advice.tables)
+            console.print(f"\npictures: {', '.join(map(str, write_pictures(advice, into))) or 'none'}")
     except (ImportRefusedError, TraceError, WarehouseError) as error:
         raise click.ClickException(str(error)) from error
-    console.print(f'\nask more: optiinfra --home {into} sql "select * from int_load_minutes limit 5"')
+    console.print(f'ask more: optiinfra --home {into} sql "select * from int_load_minutes limit 5"')
 
 
 def materialize_advice(home: Path, replicas_at_peak: int = REPLICAS_AT_PEAK) -> Mapping[str, pl.DataFrame]:
-    """Materialize every advice asset on an imported trace, at the trace's end; the rows of each table.
+    """The rows of each advice table, made on an imported trace; see `analyze_trace`."""
+    return analyze_trace(home, replicas_at_peak).tables
 
-    ImportRefusedError when the folder holds no finished import; dg.Failure's text comes out as it is.
-    """
-    imported = read_marker(home)
-    if imported is None:
-        raise ImportRefusedError(f"{home} holds no finished import of a trace; run `optiinfra import-trace` into it")
-    warehouse = Warehouse(home / "warehouse", clock=lambda: imported.last_at)
-    given = (warehouse, lambda: imported.last_at, imported.fleet)
-    assets = [
-        *forecast_assets(*given, boosted_rows=BOOSTED_ROWS),
-        *scaling_assets(*given),
-        *kv_cache_assets(*given),
-    ]
-    days = max((imported.last_at - imported.first_at).total_seconds() / 86_400, 0.1)
-    backtest: dict[str, Any] = {"replicas_at_peak": replicas_at_peak, "window_days": min(days, 14.0)}
-    with dg.DagsterInstance.ephemeral() as instance:
-        dg.materialize(
-            assets,
-            instance=instance,
-            run_config={
-                "ops": {"scaling_backtest": {"config": backtest}},
-                "loggers": {"console": {"config": {"log_level": "WARNING"}}},
-            },
-        )
-    warehouse.publish()
-    store = AdviceStore(warehouse)
-    return {table: store.newest(table) for table in advice_tables()}
+
+def write_pictures(advice: TraceAdvice, home: Path) -> list[Path]:
+    """The pictures that the assets' pages in the UI show, as PNG files in the trace's folder."""
+    written = []
+    for asset, entries in advice.metadata.items():
+        for name, entry in entries.items():
+            found = _PNG.search(str(entry.value))
+            if found:
+                path = home / PICTURES / f"{asset}_{name}.png"
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(base64.b64decode(found.group(1)))
+                written.append(path)
+    return written
 
 
 def show(advice: Mapping[str, pl.DataFrame]) -> None:
@@ -114,11 +115,11 @@ def show(advice: Mapping[str, pl.DataFrame]) -> None:
     for reason in replays["reason"].unique().drop_nulls():
         console.print(reason)
     curve, sizes = advice["kv_reuse_curve"], advice["kv_cache_recommendations"]
-    known = curve.drop_nulls("capacity_blocks")
+    known = curve.drop_nulls("capacity_blocks").sort("capacity_blocks", descending=True)
     print_table(
-        known.gather_every(max(known.height // 12, 1)).select(
-            "capacity_blocks", "capacity_tokens", "block_hit_ratio", "token_hit_ratio", "request_hit_ratio"
-        ),
+        known.gather_every(max(known.height // 12, 1))
+        .reverse()
+        .select("capacity_blocks", "capacity_tokens", "block_hit_ratio", "token_hit_ratio", "request_hit_ratio"),
         title="Prefix reuse by cache size",
         empty=", ".join(curve["reason"].drop_nulls()) or "nothing is known of it",
     )
@@ -128,6 +129,21 @@ def show(advice: Mapping[str, pl.DataFrame]) -> None:
         ),
         title="Cache size that reaches 50, 80, 95 and 99 % of the ceiling",
     )
+    _show_events(advice["kv_working_set"])
+
+
+def _show_events(found: pl.DataFrame) -> None:
+    """What KV events show; nothing where none were imported, which is most traces."""
+    known = found.drop_nulls("batches")
+    if known.is_empty():
+        return
+    shown = known.select(pl.col("medium").fill_null("one cache"), *EVENT_COLUMNS)
+    print_table(
+        shown.transpose(include_header=True, header_name="KV events", column_names="medium"),
+        title="What the cache held; stores of blocks it had removed, and how many blocks more would have kept those",
+    )
+    for reason in known["reason"]:
+        console.print(reason)
 
 
 def _tell(imported: ImportedTrace, into: Path) -> None:
@@ -137,4 +153,10 @@ def _tell(imported: ImportedTrace, into: Path) -> None:
         parts.append(f"block ids of {imported.accesses:,} requests")
     if imported.clients:
         parts.append(f"{imported.clients} clients")
+    if imported.kv_events:
+        parts = [f"{imported.kv_events:,} KV events over {minutes:,.0f} minutes, without token ids"]
+    if imported.repeated:
+        parts.append(f"{imported.repeated:,} of them wholly like an earlier one, kept")
+    if imported.unfinished:
+        parts.append(f"{imported.unfinished} last line left out that its writer had not ended")
     console.print(f"imported {', '.join(parts)} into {into}")

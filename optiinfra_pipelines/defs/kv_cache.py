@@ -1,4 +1,4 @@
-"""The assets `kv_reuse_curve` and `kv_cache_recommendations`.
+"""The assets `kv_reuse_curve`, `kv_working_set` and `kv_cache_recommendations`.
 
 Names, launchpad config and metadata only; the curve is `kv_cache.curve`, the sizes are `kv_cache.sizing`.
 """
@@ -66,7 +66,7 @@ class CacheConfig(dg.Config):
 
 
 def kv_cache_assets(warehouse: Warehouse, clock: Callable[[], datetime], fleet: Fleet) -> list[dg.AssetsDefinition]:
-    """The reuse curve and what to make of it, hourly."""
+    """The reuse curve, what KV events show, and what to make of the curve, hourly."""
     advisor = Advisor(warehouse, clock, fleet)
 
     @advice_asset("kv_reuse_curve", ["int_latency_minutes", "int_scrape_minutes"])
@@ -86,6 +86,17 @@ def kv_cache_assets(warehouse: Warehouse, clock: Callable[[], datetime], fleet: 
             reuse_curve=dg.MetadataValue.md("\n\n".join(pictures) or "no curve: the rows say why"),
         )
 
+    @advice_asset("kv_working_set", [])
+    def kv_working_set() -> dg.MaterializeResult[None]:
+        rows = advisor.measure_working_set()
+        return result(
+            rows,
+            ["deployment", "medium", "max_live_blocks", "unique_blocks", "median_residency_seconds", "restored_tokens",
+             "extra_blocks_for_95", "reason"],
+            known=rows["batches"].count(),
+            abstentions=rows["batches"].null_count(),
+        )  # fmt: skip
+
     @advice_asset("kv_cache_recommendations", ["kv_reuse_curve"])
     def kv_cache_recommendations(config: CacheConfig) -> dg.MaterializeResult[None]:
         rows = advisor.advise_cache(config.question())
@@ -97,4 +108,4 @@ def kv_cache_assets(warehouse: Warehouse, clock: Callable[[], datetime], fleet: 
             refusals=rows["refusal"].count(),
         )
 
-    return [kv_reuse_curve, kv_cache_recommendations]
+    return [kv_reuse_curve, kv_working_set, kv_cache_recommendations]

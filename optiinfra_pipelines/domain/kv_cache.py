@@ -96,6 +96,7 @@ class WorkingSet(Frozen):
     removed_events: NonNegativeInt
     cleared_events: NonNegativeInt
     unknown_events: NonNegativeInt = Field(description="Events of a type or shape that is not understood; skipped.")
+    stored_blocks: NonNegativeInt = Field(description="Stores, block by block: an event may store several.")
     unique_blocks: NonNegativeInt = Field(description="Distinct blocks stored.")
     max_live_blocks: NonNegativeInt
     median_residency_seconds: NonNegativeFloat | None = Field(

@@ -17,12 +17,14 @@ from optiinfra_pipelines.analysis.forecast.rows import BOOSTED_ROWS, forecast_ro
 from optiinfra_pipelines.analysis.kv_arithmetic import bytes_per_token
 from optiinfra_pipelines.analysis.kv_cache.curve import Reuse
 from optiinfra_pipelines.analysis.kv_cache.rows import (
+    EVENTS_ALONE,
     NO_ACCESSES,
     CacheQuestion,
     cache_rows,
     curve_rows,
     histogram_rows,
     reuse_of,
+    working_set_rows,
 )
 from optiinfra_pipelines.analysis.scaling.cold_start import ColdStart, cold_start, replica_starts
 from optiinfra_pipelines.analysis.scaling.rows import capacity_rows, present_capacity, scaling_rows
@@ -148,6 +150,16 @@ class Advisor:
             frames.append(shaped("kv_reuse_curve", made))
         return self._kept("kv_reuse_curve", pl.concat(frames) if frames else pl.DataFrame())
 
+    def measure_working_set(self) -> pl.DataFrame:
+        """kv_working_set: from KV events where they are stored, else an abstention."""
+        now = self.clock()
+        events = self.history.kv_events()
+        frames = []
+        for name in self.deployments:
+            own = None if events is None else events.filter(pl.col("deployment") == name).drop("deployment")
+            frames.append(shaped("kv_working_set", working_set_rows(name, own, now)))
+        return self._kept("kv_working_set", pl.concat(frames) if frames else pl.DataFrame())
+
     def advise_cache(self, question: CacheQuestion) -> pl.DataFrame:
         """kv_cache_recommendations: one row per deployment and tier."""
         now = self.clock()
@@ -161,6 +173,7 @@ class Advisor:
     def _reuses(self) -> Mapping[str, Reuse | str]:
         accesses = self.history.accesses()
         found: dict[str, Reuse | str] = dict.fromkeys(self.deployments, NO_ACCESSES)
+        found |= dict.fromkeys(self.history.deployments_with_kv_events(), EVENTS_ALONE)
         if accesses is not None:
             for name in self.deployments:
                 own = accesses.filter(pl.col("deployment") == name)

@@ -121,6 +121,19 @@ class LoadHistory:
             [],
         )
 
+    def kv_events(self) -> pl.DataFrame | None:
+        """KV events of an imported recording, in its order: deployment, and the columns of EVENTS_SCHEMA."""
+        return self._if_there(
+            "select deployment, sequence, event_index, emitted_at, data_parallel_rank, event, block_hash, "
+            "parent_hash, block_size_tokens, medium from trace_kv_events order by deployment, place",
+            [],
+        )
+
+    def deployments_with_kv_events(self) -> list[str]:
+        """Names of those whose KV events are stored."""
+        found = self._if_there("select distinct deployment from trace_kv_events", [])
+        return [] if found is None else found["deployment"].to_list()
+
     def reuse_histograms(self, since: datetime) -> pl.DataFrame:
         """Reuse distances that cache servers exported: deployment, bounds and counts added up."""
         return self._warehouse.read(

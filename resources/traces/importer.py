@@ -3,7 +3,8 @@
 Here: the refusal, the rows, the models over them. Reading the files is `files`; analysis runs on the result as
 on any other history. What is made: one target of one deployment, scraped once a minute, with its arrivals and tokens as
 counters (source `recorded`, vantage `frontend`), ending at `ends_at`; beside it the block ids of every request
-(`trace_accesses`) and the load of every client (`trace_clients`) where the format has them.
+(`trace_accesses`) and the load of every client (`trace_clients`) where the format has them. KV events tell of no
+request: they are kept as they are (`trace_kv_events`, without token ids), and of load nothing is known.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from optiinfra_pipelines.analysis.trace_order import Succession
 from optiinfra_pipelines.analysis.traces import TraceError
 from optiinfra_pipelines.domain.base import Frozen
 from optiinfra_pipelines.domain.fleet import Deployment, Fleet
@@ -22,7 +24,8 @@ from optiinfra_pipelines.sql.loader import load_models
 from optiinfra_pipelines.sql.refresh import refresh_all
 from optiinfra_pipelines.sql.sources import raw_tables
 from resources.collectors import fleet_frames
-from resources.traces.files import Progress, TraceFormat, read_client_loads, read_requests
+from resources.traces.files import Progress, TraceFormat, read_client_loads, read_requests, succession
+from resources.traces.kv_events import read_event_frames
 from resources.warehouse import Warehouse
 
 MARKER = "imported_trace.json"
@@ -39,6 +42,10 @@ create table if not exists trace_accesses (
 create table if not exists trace_clients (
     deployment varchar, client bigint, period_at timestamptz, step_seconds double, requests_per_second double,
     demand_tokens_per_second double);
+create table if not exists trace_kv_events (
+    deployment varchar, place bigint, sequence bigint, event_index bigint, emitted_at timestamptz,
+    data_parallel_rank bigint, event varchar, block_hash ubigint, parent_hash ubigint, block_size_tokens bigint,
+    medium varchar);
 """
 
 
@@ -56,6 +63,9 @@ class ImportedTrace(Frozen):
     requests: int
     accesses: int
     clients: int
+    kv_events: int = 0  # rows, one per event and block
+    repeated: int = 0  # lines wholly the same as an earlier one of their time, kept
+    unfinished: int = 0  # last lines of a log that its writer had not ended, left out
     first_at: datetime
     last_at: datetime
 
@@ -106,13 +116,15 @@ def import_trace(
     ends_at: datetime,
     deployment: str,
     model: str = "unknown",
+    keep_duplicates: bool = False,
     progress: Progress = lambda share: None,
 ) -> ImportedTrace:
     """Read a trace into a new folder and bring its models up to date.
 
     ends_at: when the trace's last minute shall have ended (its length and shape are kept, its dates are not).
-    Raises ImportRefusedError before anything is written, TraceError with file and line; then the folder is unfinished
-    and says so.
+    model: as fleet.yaml would name it; a known one gives cache sizes in bytes. keep_duplicates: lines that are wholly
+    the same are requests that look alike, not an error. Raises ImportRefusedError before anything is written,
+    TraceError with file and line; then the folder is unfinished and says so.
     """
     require_separate(home, live_home)
     home.mkdir(parents=True, exist_ok=True)
@@ -120,26 +132,33 @@ def import_trace(
     warehouse = Warehouse(home / "warehouse", clock=lambda: ends_at)
     with warehouse.connect() as connection:
         connection.execute(_TABLES)
-    if form == "servegen":
+    order = succession(form, keep_duplicates=keep_duplicates)
+    minutes: _Minutes | None = None
+    accesses = clients = kv_events = 0
+    if form == "kv_events":
+        first_at, last_at, kv_events = _kv_events(warehouse, source, deployment, ends_at, progress)
+    elif form == "servegen":
         minutes, first_at, clients = _servegen(warehouse, source, deployment, ends_at, progress)
-        accesses = 0
     else:
-        minutes, first_at, accesses = _requests(warehouse, source, form, deployment, ends_at, progress)
-        clients = 0
-    last_at = first_at + timedelta(minutes=len(minutes.requests))
+        minutes, first_at, accesses = _requests(warehouse, source, form, deployment, ends_at, order, progress)
     imported = ImportedTrace(
         source=str(source),
         form=form,
         deployment=deployment,
         model=model,
-        requests=round(float(minutes.requests.sum())),
+        requests=0 if minutes is None else round(float(minutes.requests.sum())),
         accesses=accesses,
         clients=clients,
+        kv_events=kv_events,
+        repeated=order.repeated,
+        unfinished=order.unfinished,
         first_at=first_at,
-        last_at=last_at,
+        last_at=last_at if minutes is None else first_at + timedelta(minutes=len(minutes.requests)),
     )
-    _append(warehouse, imported, minutes)
-    refresh_models(warehouse, last_at)
+    if minutes is not None:
+        _append(warehouse, imported, minutes)
+    warehouse.append("trace-fleet", fleet_frames(imported.fleet, imported.first_at))
+    refresh_models(warehouse, imported.last_at)
     (home / MARKER).write_text(imported.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return imported
 
@@ -161,14 +180,52 @@ def _start(ends_at: datetime, minutes: int) -> datetime:
     return epoch + (begun - epoch) // GRID * GRID
 
 
+def _kv_events(
+    warehouse: Warehouse, source: Path, deployment: str, ends_at: datetime, progress: Progress
+) -> tuple[datetime, datetime, int]:
+    """KV events at their distance from the first one: begin and end in their new place, and how many rows."""
+    rows = 0
+    first = last = None
+    for frame in read_event_frames(source, progress):
+        if frame.is_empty():
+            continue
+        begun, ended = frame["emitted_at"].min(), frame["emitted_at"].max()
+        assert isinstance(begun, datetime)
+        assert isinstance(ended, datetime)
+        first, last = min(first or begun, begun), max(last or ended, ended)
+        with warehouse.connect() as connection:
+            connection.register("events", frame.with_columns(place=pl.int_range(rows, rows + frame.height)))
+            connection.execute("insert into trace_kv_events by name select ? deployment, * from events", [deployment])
+            connection.unregister("events")
+        rows += frame.height
+    if first is None or last is None:
+        raise TraceError(f"{source} holds no event; was anything published while it was recorded?")
+    _require_span(source, "kv_events", (last - first).total_seconds() / 60)
+    first_at = _start(ends_at, int((last - first).total_seconds() // 60) + 1)
+    with warehouse.connect() as connection:
+        connection.execute("update trace_kv_events set emitted_at = emitted_at + ?", [first_at - first])
+    return first_at, last + (first_at - first), rows
+
+
+def _require_span(source: Path, form: TraceFormat, minutes: float) -> None:
+    if minutes > MAX_DAYS * 1440:
+        raise TraceError(f"{source} spans {minutes // 1440:.0f} days; are its times in the unit of the {form} format?")
+
+
 def _requests(
-    warehouse: Warehouse, source: Path, form: TraceFormat, deployment: str, ends_at: datetime, progress: Progress
+    warehouse: Warehouse,
+    source: Path,
+    form: TraceFormat,
+    deployment: str,
+    ends_at: datetime,
+    order: Succession,
+    progress: Progress,
 ) -> tuple[_Minutes, datetime, int]:
     """Load per minute of a trace of requests; their block ids go into the warehouse as they are read."""
     sums: list[pl.DataFrame] = []
     accesses = 0
     knows_output = True
-    for frame in read_requests(source, form, progress):
+    for frame in read_requests(source, form, progress, order):
         if frame.is_empty():
             continue
         knows_output &= frame["output_tokens"].null_count() == 0
@@ -181,12 +238,11 @@ def _requests(
             _keep_accesses(warehouse, frame, deployment, accesses)
             accesses += frame.height
     if not sums:
-        raise TraceError(f"{source} holds no request")
+        raise TraceError(f"{source} holds no request; is it the whole file?")
     loads = pl.concat(sums).group_by("minute").agg(pl.col("requests", "input", "output").sum()).sort("minute")
     first, last = int(loads["minute"][0]), int(loads["minute"][-1])
     count = last - first + 1
-    if count > MAX_DAYS * 1440:
-        raise TraceError(f"{source} spans {count // 1440} days; are its timestamps in the unit of the {form} format?")
+    _require_span(source, form, count)
     place = (loads["minute"] - first).to_numpy()
     arrays = [np.zeros(count) for _ in range(3)]
     for array, name in zip(arrays, ("requests", "input", "output"), strict=True):
@@ -220,7 +276,13 @@ def _servegen(
     starts = loads["window_start_seconds"].unique().sort()
     if len(starts) < 2:
         raise TraceError(f"{source} has {len(starts)} windows; a load needs at least two")
-    step = int((starts - starts.shift(1)).drop_nulls().min() or 0)  # type: ignore[arg-type]
+    steps = (starts - starts.shift(1)).drop_nulls()
+    step = int(steps[0])
+    if steps.n_unique() > 1 or step % 60:
+        raise TraceError(
+            f"{source} has windows {sorted(steps.unique().to_list())[:3]} s apart; they must follow each other at one "
+            "step of whole minutes. A window that is missing is not a quiet one: fetch the fleet again"
+        )
     weight, rate = pl.col("requests_per_second"), pl.col("requests_per_second").sum()
     filled = loads.with_columns(
         (
@@ -293,7 +355,6 @@ def _append(warehouse: Warehouse, imported: ImportedTrace, minutes: _Minutes) ->
             schema_overrides=_types("raw_engine_samples", (*common, "engine_rank", "model_name", *totals)),
         )
         warehouse.append(f"trace-{start}", {"raw_scrapes": scrapes, "raw_engine_samples": samples})
-    warehouse.append("trace-fleet", fleet_frames(imported.fleet, imported.first_at))
 
 
 def _types(table: str, columns: tuple[str, ...]) -> dict[str, pl.DataType | type[pl.DataType]]:

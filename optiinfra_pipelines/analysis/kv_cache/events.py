@@ -31,6 +31,7 @@ _COLUMNS: dict[str, pl.DataType | type[pl.DataType]] = {
     "medium": pl.String,  # GPU, CPU, STORAGE; NULL in versions that do not say
 }
 EVENTS_SCHEMA = pl.Schema(_COLUMNS)
+_Held = tuple[int | None, str | None, int]  # rank, medium, block
 _Row = tuple[str, int | None, int | None, int | None, str | None]  # event and the columns after it
 # Field order of the array encoding, after the tag.
 ARRAY_FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -95,31 +96,49 @@ def _rows(event: Any) -> list[_Row]:
     hashes = fields.get("block_hashes")
     if name is None or not isinstance(hashes, Sequence) or isinstance(hashes, str | bytes):
         return [UNKNOWN]
-    medium = fields.get("medium")
-    size = fields.get("block_size")
-    parent = fields.get("parent_block_hash")
+    medium, size = fields.get("medium"), fields.get("block_size")
+    try:
+        parent = None if fields.get("parent_block_hash") is None else _hash(fields["parent_block_hash"])
+        blocks = [_hash(block) for block in hashes]
+    except (TypeError, ValueError):
+        return [UNKNOWN]
+    if not isinstance(medium, str | None) or not isinstance(size, int | None):
+        return [UNKNOWN]
     rows: list[_Row] = []
-    for block in hashes:
-        rows.append((name, _hash(block), None if parent is None else _hash(parent), size, medium))
+    for block in blocks:
+        rows.append((name, block, parent, size, medium))
         parent = block if name == "stored" else None  # blocks of one event follow each other
     return rows or [EMPTY]
 
 
-def _hash(value: int | bytes) -> int:
-    """A block hash as 64 bits: integers wrap (some versions sign them), digests keep their last 8 bytes."""
-    return (int.from_bytes(value[-8:], "big") if isinstance(value, bytes) else int(value)) & 0xFFFFFFFFFFFFFFFF
+def _hash(value: Any) -> int:
+    """A block hash as 64 bits: integers wrap (some versions sign them), digests keep their last 8 bytes.
+
+    A digest is bytes, or their hex digits where it went through JSON.
+    """
+    if isinstance(value, str):
+        value = bytes.fromhex(value)
+    if isinstance(value, bytes):
+        return int.from_bytes(value[-8:], "big")
+    if not isinstance(value, int):
+        raise TypeError(f"a block hash is a number or bytes, not {type(value).__name__}")
+    return value & 0xFFFFFFFFFFFFFFFF
 
 
 def working_set(events: pl.DataFrame) -> WorkingSet:
-    """What the event stream of one replica (EVENTS_SCHEMA, in order) shows of its cache."""
-    live: dict[tuple[int, str | None], float] = {}
-    removed: set[tuple[int, str | None]] = set()
+    """What the event stream of one replica (EVENTS_SCHEMA, in order) shows of its cache.
+
+    Each data-parallel rank and each medium is a cache of its own: what one removes says nothing of another.
+    """
+    live: dict[_Held, float] = {}
+    removed: set[_Held] = set()
     residencies: list[float] = []
     most = restored = restored_tokens = 0
-    for event, block, size, medium, at in events.select(
-        "event", "block_hash", "block_size_tokens", "medium", pl.col("emitted_at").dt.epoch("us") / 1e6
-    ).iter_rows():
-        key = (block, medium)
+    for event, block, size, medium, rank, at in events.select(
+        "event", "block_hash", "block_size_tokens", "medium", "data_parallel_rank",
+        pl.col("emitted_at").dt.epoch("us") / 1e6,
+    ).iter_rows():  # fmt: skip
+        key = (rank, medium, block)
         if event == "stored":
             if key in removed:
                 restored += 1
@@ -133,8 +152,8 @@ def working_set(events: pl.DataFrame) -> WorkingSet:
             removed.add(key)
         elif event == "cleared":
             # Cleared by an operator, not for lack of room: a later store of these is no capacity miss.
-            live.clear()
-            removed.clear()
+            live = {held: since for held, since in live.items() if held[0] != rank}
+            removed = {held for held in removed if held[0] != rank}
     batches = events.select("data_parallel_rank", "sequence").unique(maintain_order=True)
     steps = batches.select(pl.col("sequence").diff().over("data_parallel_rank"))["sequence"].drop_nulls()
     first = batches.group_by("data_parallel_rank").agg(pl.col("sequence").first())["sequence"]
@@ -147,6 +166,7 @@ def working_set(events: pl.DataFrame) -> WorkingSet:
         removed_events=counts.get("removed", 0),
         cleared_events=counts.get("cleared", 0),
         unknown_events=counts.get("unknown", 0),
+        stored_blocks=int((events["event"] == "stored").sum()),
         unique_blocks=events.filter(pl.col("event") == "stored")["block_hash"].n_unique(),
         max_live_blocks=most,
         median_residency_seconds=float(np.median(residencies)) if residencies else None,
@@ -160,24 +180,27 @@ def working_set(events: pl.DataFrame) -> WorkingSet:
 def ghost_distances(events: pl.DataFrame) -> Ints:
     """For each re-store of a removed block, how many other blocks were removed since its removal (and not restored).
 
-    A cache larger by distance + 1 blocks would still have held it. Blocks are told apart by hash and medium.
+    A cache larger by distance + 1 blocks would still have held it. Rank and medium are counted by themselves.
     """
-    removed_as: dict[tuple[int, str | None], int] = {}  # block -> serial of its removal
-    serials: list[int] = []  # of blocks still removed, ascending
+    removed_as: dict[_Held, int] = {}  # block -> serial of its removal
+    serials: dict[tuple[int | None, str | None], list[int]] = {}  # of each cache's blocks still removed, ascending
     found = []
-    for serial, (event, block, medium) in enumerate(events.select("event", "block_hash", "medium").iter_rows()):
-        key = (block, medium)
-        if event in ("removed", "stored") and key in removed_as:
-            place = bisect_left(serials, removed_as.pop(key))
+    columns = ("event", "block_hash", "medium", "data_parallel_rank")
+    for serial, (event, block, medium, rank) in enumerate(events.select(columns).iter_rows()):
+        if event == "cleared":
+            removed_as = {held: at for held, at in removed_as.items() if held[0] != rank}
+            serials = {cache: out for cache, out in serials.items() if cache[0] != rank}
+        if event not in ("removed", "stored"):
+            continue
+        key, out = (rank, medium, block), serials.setdefault((rank, medium), [])
+        if key in removed_as:
+            place = bisect_left(out, removed_as.pop(key))
             if event == "stored":
-                found.append(len(serials) - 1 - place)
-            del serials[place]
+                found.append(len(out) - 1 - place)
+            del out[place]
         if event == "removed":
             removed_as[key] = serial
-            serials.append(serial)
-        elif event == "cleared":
-            removed_as.clear()
-            serials.clear()
+            out.append(serial)
     return np.array(found, dtype=np.int64)
 
 

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from optiinfra_pipelines.analysis.kv_cache.accesses import AccessError
 from optiinfra_pipelines.analysis.kv_cache.curve import Reuse, hit_ratio_curve, measure_reuse, summarize_reuse
+from optiinfra_pipelines.analysis.kv_cache.events import ghost_distances, working_set
 from optiinfra_pipelines.analysis.kv_cache.sizing import curve_from_reuse_histogram, recommend_cache
 from optiinfra_pipelines.domain.kv_cache import CacheAdvice, Memory, ReuseSummary
 
@@ -23,6 +25,16 @@ NO_ACCESSES = (
     "no engine exports which blocks a request used: import a log of them (LMCache's lookup hashes, or a trace) "
     "with `optiinfra import-trace`, or run a cache server that exports its reuse distances"
 )
+EVENTS_ALONE = (
+    "KV events tell of stores and removals, never of hits: kv_working_set has what they show; for a curve import a log "
+    "of the blocks that requests used (LMCache's lookup hashes, or a trace) with `optiinfra import-trace`"
+)
+NO_EVENTS = (
+    "no KV events are stored: record them (vLLM's --kv-events-config) and import the file with "
+    "`optiinfra import-trace --format kv_events`"
+)
+EXTRA_COLUMNS = {0.5: "extra_blocks_for_half", 0.8: "extra_blocks_for_80", 0.95: "extra_blocks_for_95",
+                 1.0: "extra_blocks_for_all"}  # fmt: skip
 # A gigabyte of ids; past it blocks are sampled, which moved the curve by under 0.3 points on the public traces.
 EXACT_REFERENCES = 20_000_000
 SAMPLE_RATIO = 0.1
@@ -87,6 +99,65 @@ def histogram_rows(
         reuse_share_ratio="reuse_share_ratio",
         reason=pl.lit("reuse distances of the cache server, in its chunks; first uses are not in them"),
     )
+
+
+def working_set_rows(deployment: str, events: pl.DataFrame | None, measured_at: datetime) -> pl.DataFrame:
+    """Rows of kv_working_set, one per medium that its KV events name; one that abstains where there are none.
+
+    events: EVENTS_SCHEMA, of one engine, in order. A lower bound of what more cache would save: hits leave no event.
+    """
+    base: dict[str, Any] = {"measured_at": measured_at, "deployment": deployment}
+    if events is None or events.is_empty():
+        return pl.DataFrame([base | {"reason": NO_EVENTS}])
+    of_blocks = pl.col("event").is_in(["stored", "removed"])
+    media = events.filter(of_blocks)["medium"].unique(maintain_order=True).to_list() or [None]
+    return pl.DataFrame(
+        [
+            base
+            | _medium_row(
+                events.with_columns(
+                    pl.when(of_blocks & pl.col("medium").ne_missing(pl.lit(medium, dtype=pl.String)))
+                    .then(pl.lit("empty"))  # the batch was received; what it says is of another cache
+                    .otherwise("event")
+                    .alias("event")
+                ),
+                medium,
+            )
+            for medium in media
+        ],
+        infer_schema_length=None,
+    )
+
+
+def _medium_row(events: pl.DataFrame, medium: str | None) -> dict[str, Any]:
+    found = working_set(events)
+    distances = ghost_distances(events)
+    begin, end = events["emitted_at"].min(), events["emitted_at"].max()
+    sizes = events.filter(pl.col("event") == "stored")["block_size_tokens"].drop_nulls()
+    needed = {
+        name: int(np.quantile(distances, share, method="inverted_cdf")) + 1 if len(distances) else None
+        for share, name in EXTRA_COLUMNS.items()
+    }
+    doubts = [
+        f"{found.missing_batches} batches were never received: more may have been stored again"
+        if found.missing_batches
+        else "",
+        "the recording began late: what was held before is unknown" if found.joined_late else "",
+        f"{found.unknown_events} events of an unknown kind are not counted" if found.unknown_events else "",
+    ]
+    told = (
+        f"{found.restored_blocks} of {found.stored_blocks} stores were of blocks removed before: at the least these "
+        "would have been hits in a larger cache; hits leave no event, so no hit ratio is known"
+    )
+    return {
+        "medium": medium,
+        "window_start_at": begin,
+        "window_end_at": end,
+        "block_size_tokens": int(sizes[0]) if len(sizes) else None,
+        **needed,
+        **found.model_dump(exclude={"joined_late"}),
+        "reason": "; ".join([told, *filter(None, doubts)]),
+    }
 
 
 def cache_rows(deployment: str, reuse: Reuse | str, question: CacheQuestion, decided_at: datetime) -> pl.DataFrame:
