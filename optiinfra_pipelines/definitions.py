@@ -46,6 +46,7 @@ from resources.rollouts.budgets import from_published
 from resources.rollouts.clock import beside
 from resources.rollouts.desk import Rollouts
 from resources.rollouts.gpu_watch import from_live
+from resources.rollouts.slots import IdleSlots
 from resources.warehouse import Warehouse
 from sensors.collection import collection_sensors
 from sensors.rollouts import rollout_sensors
@@ -109,7 +110,7 @@ def assemble(
     environ: where secrets of services (GROQ_API_KEY) and of approvers come from.
     """
     warehouse = open_warehouse(fleet, paths, clock)
-    collectors = Collectors(fleet, clock)
+    collectors = Collectors(fleet, clock, IdleSlots(fleet, paths.rollouts_dir))
     runner = ModelRunner(load_models(), warehouse, clock)
     jobs, schedules = maintenance(runner, warehouse, clock, fleet.retention)
     cadence = fleet.cadence

@@ -29,10 +29,16 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Collectors:
-    """All that one fleet is read with. Thread-safe: three sensors tick at once. `close` ends its connections."""
+    """All that one fleet is read with. Thread-safe: three sensors tick at once. `close` ends its connections.
 
-    def __init__(self, fleet: Fleet, clock: Callable[[], datetime]) -> None:
+    idle_slots: targets at which nothing should run now, by name.
+    """
+
+    def __init__(
+        self, fleet: Fleet, clock: Callable[[], datetime], idle_slots: Callable[[], frozenset[str]] = frozenset
+    ) -> None:
         self._fleet = fleet
+        self._idle_slots = idle_slots
         self.clock = clock
         self._building = threading.RLock()
         self._gpu_pids: tuple[int, ...] = ()
@@ -92,7 +98,7 @@ class Collectors:
 
     @cached_property
     def _scraper(self) -> EngineScraper:
-        return EngineScraper(self._fleet, self.endpoints)
+        return EngineScraper(self._fleet, self.endpoints, idle_slots=self._idle_slots)
 
     @cached_property
     def _local_gpus(self) -> list[GpuCollector]:

@@ -34,12 +34,16 @@ _VERSION_DEADLINE_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class TargetDiagnosis:
-    """One target: what its page told, or why there is none. `version` is asked of the engine itself."""
+    """One target: what its page told, or why there is none. `version` is asked of the engine itself.
+
+    is_idle_slot: nothing should run there now, so that the fault is none.
+    """
 
     target: Target
     description: Description | None
     fault: str | None
     version: str | None = None
+    is_idle_slot: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,11 @@ class HostDiagnosis:
 
 
 class Doctor:
-    """Asks each target, exporter and loopback port once. Use from one thread; `close` it."""
+    """Asks each target, exporter and loopback port once. Use from one thread; `close` it. idle_slots: by name."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, idle_slots: frozenset[str] = frozenset()) -> None:
         self._fleet = fleet
+        self._idle_slots = idle_slots
         self._endpoints = MetricsEndpoints.of_fleet(fleet)
         self._reader = Reader()
 
@@ -96,7 +101,8 @@ class Doctor:
     def _diagnose(self, result: ScrapeResult) -> TargetDiagnosis:
         target = result.target
         if result.text is None:
-            return TargetDiagnosis(target, None, f"{result.error_kind}: {result.error_detail}")
+            is_idle = target.name in self._idle_slots
+            return TargetDiagnosis(target, None, f"{result.error_kind}: {result.error_detail}", is_idle_slot=is_idle)
         try:
             page = self._reader.read(result.text, key=target.name)
             normalized = normalize(

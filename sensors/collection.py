@@ -141,11 +141,14 @@ def _health(name: str, frames: Mapping[str, pl.DataFrame]) -> dict[str, Metadata
     """The numbers a person looks for first, from the tick that reports."""
     if name == "scrape_engines":
         scrapes = frames["raw_scrapes"]
-        down = scrapes.filter(~pl.col("is_up"))
+        is_idle = pl.col("error_kind").eq_missing("idle_slot")
+        down = scrapes.filter(~pl.col("is_up"), ~is_idle)
+        idle = scrapes.filter(is_idle)
         reasons = [f"{row['target']}: {row['error_kind']}" for row in down.iter_rows(named=True)]
         return {
-            "targets_up": scrapes.height - down.height,
+            "targets_up": scrapes.height - down.height - idle.height,
             "targets_down": down.height,
+            "idle_slots": idle.height,
             "down": ", ".join(sorted(reasons)) or "none",
         }
     if name == "sample_gpus":

@@ -28,11 +28,12 @@ class Look:
     """One scrape of one target, as far as the rules need it. Counters are cumulative; None is unknown.
 
     finished, failed: requests that ended with an answer, and those that ended with an error (5xx included).
-    tokens: output tokens, counted as they are made where the engine does so.
+    tokens: output tokens, counted as they are made where the engine does so. is_idle: nothing should run there now.
     """
 
     at: datetime
     is_up: bool
+    is_idle: bool = False
     error: str | None = None
     running: float | None = None
     waiting: float | None = None
@@ -113,7 +114,7 @@ def _verdict(looks: Sequence[Look], kind: WatchKind, thresholds: Mapping[str, fl
     """What is wrong at the newest of these looks, in words with numbers; None when nothing is, or it is unknown."""
     now = looks[-1]
     if kind == "TARGET_DOWN":
-        return None if now.is_up else f"no metrics page: {now.error or 'cause unknown'}"
+        return None if now.is_up or now.is_idle else f"no metrics page: {now.error or 'cause unknown'}"
     if not now.is_up:
         return None
     match kind:

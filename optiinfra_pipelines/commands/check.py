@@ -15,6 +15,7 @@ from optiinfra_pipelines.commands.console import console
 from optiinfra_pipelines.settings import Paths, SettingsError, load_fleet
 from optiinfra_pipelines.settings_rollouts import rollout_warnings
 from resources.doctor import Doctor, HostDiagnosis, TargetDiagnosis, lines_to_paste
+from resources.rollouts.slots import IdleSlots
 
 
 def run(paths: Paths, environ: Mapping[str, str]) -> None:
@@ -39,7 +40,7 @@ def run(paths: Paths, environ: Mapping[str, str]) -> None:
         for objective in objectives_of(deployment)[0]:
             for warning in never_firing(objective):
                 console.print(f"! objectives of {deployment.name}: {warning}")
-    doctor = Doctor(fleet)
+    doctor = Doctor(fleet, IdleSlots(fleet, paths.rollouts_dir)())
     now = datetime.now(UTC)
     try:
         targets, hosts, found = doctor.targets(now), doctor.hosts(now), doctor.found(now)
@@ -58,13 +59,16 @@ def run(paths: Paths, environ: Mapping[str, str]) -> None:
             console.print(line)
     elif not targets:
         console.print("\nno target, and no engine answers on the usual loopback ports; name one under `targets:`")
-    if any(target.fault for target in targets) or not all(host.is_well for host in hosts):
+    if any(target.fault and not target.is_idle_slot for target in targets) or not all(host.is_well for host in hosts):
         sys.exit(1)
 
 
 def _print_target(diagnosis: TargetDiagnosis) -> None:
     name, told = diagnosis.target.name, diagnosis.description
     source = "" if diagnosis.target.source == "live" else f" ({diagnosis.target.source})"
+    if diagnosis.is_idle_slot:
+        console.print(f"· {name}{source}  {diagnosis.target.url}\n    idle slot: a place for candidates of rollouts")
+        return
     if told is None:
         console.print(f"✗ {name}{source}  {diagnosis.target.url}\n    {diagnosis.fault}")
         return

@@ -7,7 +7,7 @@ storing `resources.warehouse`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 
@@ -32,14 +32,24 @@ _log = structlog.get_logger(__name__)
 
 
 class EngineScraper:
-    """Reads the engines of one fleet, tick after tick. One caller at a time; closing `endpoints` is the caller's."""
+    """Reads the engines of one fleet, tick after tick. One caller at a time; closing `endpoints` is the caller's.
 
-    def __init__(self, fleet: Fleet, endpoints: MetricsEndpoints, reader: Reader | None = None) -> None:
+    idle_slots: names of targets at which nothing should run now; one that does not answer is no failure.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        endpoints: MetricsEndpoints,
+        reader: Reader | None = None,
+        idle_slots: Callable[[], frozenset[str]] = frozenset,
+    ) -> None:
         self._targets = fleet.targets
         self._keep = {target.name: (*fleet.keep, *target.keep) for target in fleet.targets}
         self._max_skew = timedelta(seconds=threshold_values(fleet.thresholds)["clock_skew_seconds"])
         self._endpoints = endpoints
         self._reader = reader or Reader()
+        self._idle_slots = idle_slots
         self._failures: dict[str, int] = {}
         self._told_internal: set[tuple[str, str]] = set()
         self._handed_out: dict[object, datetime] = {}
@@ -50,7 +60,14 @@ class EngineScraper:
 
         now: the tick's clock, UTC. Blocks for at most a few deadlines; never raises for a target's fault.
         """
-        return self.frames_of(self._endpoints.scrape(self._targets, now))
+        results = self._endpoints.scrape(self._targets, now)
+        try:
+            idle = self._idle_slots()
+        except (OSError, ValueError) as error:
+            # Not known is not idle: what does not answer is told as a failure.
+            _log.error("idle_slots_unknown", cause=str(error))
+            idle = frozenset()
+        return self.frames_of([_as_idle(one) if one.target.name in idle else one for one in results])
 
     def frames_of(self, results: Sequence[ScrapeResult]) -> dict[str, pl.DataFrame]:
         """The frames for answers already fetched."""
@@ -95,8 +112,8 @@ class EngineScraper:
         identity = normalized.identity if normalized is not None else None
         is_up = result.error_kind is None
         failures = self._failures.get(target.name, 0)
-        # An open breaker asks nothing: neither a new failure nor a new cause.
-        if result.error_kind != "breaker_open":
+        # An open breaker asks nothing, and of an idle slot nothing is expected: neither a new failure nor a new cause.
+        if result.error_kind not in ("breaker_open", "idle_slot"):
             self._failures[target.name] = 0 if is_up else failures + 1
             self._changes.saw(target.name, _cause(result), result.scraped_at, result.error_detail)
         left_out = _left_out(page, normalized, result.scraped_at, self._max_skew)
@@ -138,6 +155,13 @@ class EngineScraper:
             self._handed_out.clear()
         self._handed_out[key] = at
         return True
+
+
+def _as_idle(result: ScrapeResult) -> ScrapeResult:
+    """An idle slot that answers is what it says; one that does not is as it should be."""
+    if result.text is not None:
+        return result
+    return result.refused("idle_slot", "a place for candidates of rollouts; nothing should run here now")
 
 
 def _cause(result: ScrapeResult) -> str | None:

@@ -35,7 +35,9 @@ ErrorKind = Literal[
     "closed_early",
     "breaker_open",
     "internal",
+    "idle_slot",
 ]
+# "idle_slot" is no fault: a place for candidates of rollouts, in which nothing should run now.
 # The endpoint answered in time and in full: what it serves is wrong, asking again costs nobody anything, and a
 # repaired page should be seen in the next tick. And "internal" says nothing about the target. None opens the breaker.
 NO_REASON_TO_WAIT: frozenset[ErrorKind] = frozenset(

@@ -64,6 +64,7 @@ def _look(scrape: Mapping[str, Any], ranks: list[dict[str, Any]]) -> Look:
     return Look(
         at=scrape["scraped_at"],
         is_up=scrape["is_up"],
+        is_idle=kind == "idle_slot",
         error=": ".join(part for part in (kind, detail) if part) or None,
         running=total("requests_running"),
         waiting=total("requests_waiting"),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from optiinfra_pipelines.domain.rollout_policy import DeploymentRollouts
 from optiinfra_pipelines.settings import parse_fleet
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -16,7 +17,7 @@ def test_an_example_of_settings_is_valid(block: str) -> None:
     fleet = parse_fleet(f"deployments:\n  - {{name: chat, model: tiny}}\n{block}", {})
 
     [one] = fleet.rollouts.deployments
-    assert one.kubernetes is not None or one.orchestrator is not None
+    assert one != DeploymentRollouts(deployment=one.deployment)
 
 
 def test_files_it_names_are_there() -> None:

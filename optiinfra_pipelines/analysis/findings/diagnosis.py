@@ -44,6 +44,9 @@ LOAD_KINDS = (
 
 def diagnose(window: EngineWindow, values: Values) -> Diagnosis:
     """Everything that can be said about one target. values: every threshold by name (`domain.thresholds`)."""
+    if window.is_idle_slot:
+        reason = "an idle slot: a place for candidates of rollouts, in which nothing runs now"
+        return _diagnosis(window, [], dict.fromkeys((FindingKind.RESTARTED, *LOAD_KINDS), reason))
     stale = stale_finding(window, values)
     if stale is not None:
         return _diagnosis(

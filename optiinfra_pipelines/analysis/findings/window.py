@@ -139,6 +139,12 @@ class EngineWindow:
         return newest if isinstance(newest, datetime) else None
 
     @cached_property
+    def is_idle_slot(self) -> bool:
+        """The newest scrape found a place for candidates of rollouts in which nothing should run."""
+        scrapes = self.tables.frames["stg_scrapes"].filter(pl.col("scraped_at") <= self.end).sort("scraped_at")
+        return scrapes.height > 0 and scrapes["error_kind"][-1] == "idle_slot"
+
+    @cached_property
     def vantage(self) -> str | None:
         """engine, frontend or cache, as the newest page says; None when no page was read."""
         named = self.tables.frames["stg_scrapes"].filter(pl.col("vantage").is_not_null()).sort("scraped_at")

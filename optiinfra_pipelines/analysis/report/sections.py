@@ -87,9 +87,10 @@ def _tiles(data: ReportData) -> list[Tile]:
     tiles = []
     fleet = data.frames.get("fleet")
     if fleet is not None:
-        up, known = fleet["is_up"].sum() or 0, fleet["is_up"].is_not_null().sum()
-        tone: Tone = "good" if fleet.height and up == fleet.height else "critical" if known > up else "warning"
-        tiles.append(Tile("targets up", f"{up} of {fleet.height}", tone=tone if fleet.height else "quiet"))
+        expected = fleet.filter(~_is_idle_slot())
+        up, known = expected["is_up"].sum() or 0, expected["is_up"].is_not_null().sum()
+        tone: Tone = "good" if expected.height and up == expected.height else "critical" if known > up else "warning"
+        tiles.append(Tile("targets up", f"{up} of {expected.height}", tone=tone if expected.height else "quiet"))
     else:
         tiles.append(Tile("targets up", "unknown"))
     tiles.append(_objectives_tile(data.advice.objectives))
@@ -274,10 +275,17 @@ def _fleet(data: ReportData) -> Section:
     return Section("Fleet", parts)
 
 
+def _is_idle_slot() -> pl.Expr:
+    """Of a target: it does not answer, and nothing should run there."""
+    return pl.col("is_up").eq_missing(False) & pl.col("error_kind_last").eq_missing("idle_slot")
+
+
 def _fleet_row(data: ReportData, row: dict[str, object]) -> tuple[str, ...]:
     match row["is_up"]:
         case True:
             state = "up"
+        case False if row["error_kind_last"] == "idle_slot":
+            state = "idle slot"
         case False:
             state = f"down ({row['error_kind_last'] or 'unknown'})"
         case _:

@@ -15,6 +15,7 @@ from typing import Any
 from optiinfra_pipelines.domain.rollout_policy import HaproxyServer, HaproxySettings
 from resources.rollouts.local_launcher import Launcher, LauncherError
 from resources.rollouts.targets.base import Actual, ArmCounts, Counted, Flags, TargetError, TokenFile
+from resources.rollouts.targets.haproxy_roles import Roles, roles_of, state_path
 from resources.rollouts.targets.haproxy_socket import RuntimeSocket, ServerStatus
 
 # HAProxy's weights are whole and end at 256.
@@ -33,7 +34,7 @@ class HaproxyTarget:
     def __init__(self, settings: HaproxySettings, folder: Path, launcher: Launcher) -> None:
         self._settings = settings
         self._socket = RuntimeSocket(settings.socket)
-        self._state = TokenFile(Path(folder) / f"{settings.backend}.haproxy.json")
+        self._state = TokenFile(state_path(folder, settings))
         self._launcher = launcher
         self.drain_seconds = settings.drain_seconds
 
@@ -42,17 +43,20 @@ class HaproxyTarget:
     @property
     def stable_servers(self) -> tuple[HaproxyServer, ...]:
         """The servers that serve now: those of the settings until a rollout completed, then its candidates."""
-        return self._settings.candidates if self._are_swapped() else self._settings.stable
+        return self._roles.stable
 
     @property
     def candidate_servers(self) -> tuple[HaproxyServer, ...]:
         """The servers that a candidate may use."""
-        return self._settings.stable if self._are_swapped() else self._settings.candidates
+        return self._roles.candidates
 
     def started_servers(self) -> tuple[HaproxyServer, ...]:
         """The candidates that the rollout has started so far."""
-        count = int(self._state.read().get("started", 0))
-        return self.candidate_servers[:count]
+        return self._roles.started
+
+    @property
+    def _roles(self) -> Roles:
+        return roles_of(self._settings, self._state.read())
 
     def _are_swapped(self) -> bool:
         return bool(self._state.read().get("are_swapped", False))
