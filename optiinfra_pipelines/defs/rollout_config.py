@@ -53,7 +53,9 @@ class ProposeConfig(dg.Config):
         "times this at most. 0: none.",
     )
     candidate_replicas: int = Field(1, ge=1, description="Replicas to begin with.")
-    expected_kv_tokens: float = Field(0.0, ge=0, description="KV cache the candidate should have; 0: not checked.")
+    expected_kv_tokens: float | None = Field(
+        None, gt=0, description="KV cache that the candidate should have, in tokens; left out, it is not checked."
+    )
     is_fix: bool = Field(False, description="Allowed although the error budget is used up.")
 
 
@@ -97,7 +99,7 @@ def to_proposal(config: ProposeConfig, rollout_id: str, change: Change, now: dat
         min_requests=config.min_requests,
         warm_up_seconds=config.warm_up_seconds,
         candidate_replicas=config.candidate_replicas,
-        expected_kv_tokens=config.expected_kv_tokens or None,
+        expected_kv_tokens=config.expected_kv_tokens,
     )
     return Proposal.model_validate(
         {

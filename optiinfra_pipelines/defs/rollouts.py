@@ -64,6 +64,7 @@ def _propose(rollouts: Rollouts, find_change: FindChange | None) -> dg.JobDefini
             rollout_id = f"{change.deployment}-{now:%Y%m%d-%H%M%S}-{context.run_id[:6]}"
             row = rollouts.propose(to_proposal(config, rollout_id, change, now), context.run_id)
         context.instance.add_dynamic_partitions("rollouts", [rollout_id])
+        expected = row.proposal.plan.expected_kv_tokens
         approve = f"rollout_id: {rollout_id}\nproposal_hash: {row.proposal_hash}\napprover: <another person>"
         context.log.info("%s waits for approval; launch approve_rollout with\n%s", rollout_id, approve)
         _report(
@@ -73,6 +74,7 @@ def _propose(rollouts: Rollouts, find_change: FindChange | None) -> dg.JobDefini
             {
                 "proposal": dg.MetadataValue.json(row.proposal.model_dump(mode="json")),
                 "proposal_hash": row.proposal_hash,
+                "kv_cache": "not checked" if expected is None else f"checked against {expected:.0f} tokens",
                 "next": dg.MetadataValue.md(f"Launch `approve_rollout` with\n```yaml\n{approve}\n```"),
             },
         )

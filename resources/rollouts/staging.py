@@ -122,6 +122,7 @@ class HttpStaging:
         mix = self._mix()
         verdict, evidence = self._loaded(candidate, stable, mix)
         evidence["load"] = describe(mix)
+        evidence["kv_cache"] = self._checked_cache
         if verdict.kind is not VerdictKind.PASS:
             return StagingReport(verdict.kind, verdict.reason, evidence)
         if self._prompts:
@@ -219,6 +220,15 @@ class HttpStaging:
                 return "no completion yet"
             self._proven.add(server.server)
         return self._small_cache(server)
+
+    @property
+    def _checked_cache(self) -> str:
+        """What was made of the KV cache's size before the load, for the record."""
+        if self._expected_kv_tokens is None:
+            return "not checked: the proposal expects no size"
+        if self._kv_tokens is None:
+            return "not checked: nothing here reads the size"
+        return f"checked: at most {KV_SHORTFALL_RATIO:.0%} under the expected {self._expected_kv_tokens:.0f} tokens"
 
     def _small_cache(self, server: Replica) -> str | None:
         """Why a candidate's KV cache is not what the change was planned with; None where nothing was predicted."""

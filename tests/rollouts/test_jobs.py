@@ -112,6 +112,24 @@ def test_a_rehearsal_goes_from_proposal_to_completed(desk: Desk) -> None:
     assert any("SIMULATED" in str(event.asset_observation_data.asset_observation.metadata) for event in observed)
 
 
+def test_a_kv_cache_without_an_expected_size_is_not_checked_and_that_is_said(desk: Desk) -> None:
+    """Zero is no size and no way to say "not checked"."""
+    asked = {"requester": "alice", "reason": "r", "deployment": "chat", "proposed": {"max_num_seqs": "128"}}
+    plain = desk.run("propose_rollout", "record_proposal", **asked)
+    sized = desk.run("propose_rollout", "record_proposal", **asked, expected_kv_tokens=8192.0)
+
+    assert [kv_cache(one) for one in (plain, sized)] == ["not checked", "checked against 8192 tokens"]
+    assert [row.proposal.plan.expected_kv_tokens for row in desk.rollouts.all()] == [None, 8192.0]
+    refused = desk.run("propose_rollout", "record_proposal", **asked, expected_kv_tokens=0.0)
+    assert not refused.success
+    assert len(desk.rollouts.all()) == 2
+
+
+def kv_cache(result: dg.ExecuteInProcessResult) -> object:
+    [event] = [event for event in result.all_events if event.is_step_materialization]
+    return event.materialization.metadata["kv_cache"].value
+
+
 @pytest.mark.parametrize(("deployment", "why"), [("broken", "errors"), ("slow", "time_to_first_token_seconds")])
 def test_a_bad_candidate_is_failed_and_taken_back_by_itself(desk: Desk, deployment: str, why: str) -> None:
     row = desk.propose(deployment)

@@ -75,6 +75,7 @@ def test_a_candidate_like_its_peer_passes_and_the_load_is_on_record() -> None:
 
     assert report.kind is VerdictKind.PASS, report.reason
     assert report.evidence["requests"] == 40
+    assert report.evidence["kv_cache"] == "not checked: the proposal expects no size"
     assert report.evidence["load"].startswith("open loop, 30 compared requests/s, the candidate beside 5 requests/s")
 
 
