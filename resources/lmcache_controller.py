@@ -72,7 +72,7 @@ class LmcacheController:
         self._client.close()
 
     def health(self, instance_id: str) -> WorkerHealth:
-        """The workers of an instance. LmcacheError for one that the controller does not know."""
+        """The workers of an instance; without any for one that the controller does not know: it does not say which."""
         return self._call(WorkerHealth, "health", {"instance_id": instance_id})
 
     def lookup(self, tokens: Sequence[int]) -> Layout:
@@ -106,9 +106,11 @@ class LmcacheController:
 
 
 def _detail(answer: httpx.Response) -> str:
-    """FastAPI's reason, cut short; nothing for a body that is none."""
+    """FastAPI's reason, cut short; nothing for a body that is none. What was sent is left out: it may be token ids."""
     try:
         told = answer.json()["detail"]
+        if isinstance(told, list):  # of a body that it did not accept: each with the place, the reason and the input
+            told = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in told)
     except (ValueError, KeyError, TypeError):
         return "no reason told"
     return str(told)[:200] or "no reason told"
