@@ -34,7 +34,8 @@ import psutil
 
 from optiinfra_pipelines.domain.fleet import Deployment, Fleet
 from optiinfra_pipelines.domain.rollouts import Change, KnobGroup, Proposal, RolloutPlan, RolloutState, Stage
-from resources.demo.live.fleet import DEPLOYMENT, FLAGS, LOAD, LiveFleet, completes
+from resources.demo.live.engines import MOCKER
+from resources.demo.live.fleet import DEPLOYMENT, LiveFleet, completes
 from resources.demo.live.gateways import GatewayKind
 from resources.demo.live.replica import MODEL_NAME, metrics_port
 from resources.demo.live.traffic import Traffic
@@ -51,6 +52,8 @@ FAULT_AFTER_SECONDS = (12.0, 20.0)
 PLAN = RolloutPlan(
     percents=(25.0, 50.0, 100.0), candidate_replicas=2, detect_ratio=1.0, min_requests=100, warm_up_seconds=10.0
 )
+assert MOCKER.load is not None
+LOAD = MOCKER.load
 CHANGE = Change(
     deployment=DEPLOYMENT,
     knob_group=KnobGroup.BATCHING,
@@ -74,14 +77,13 @@ def main() -> None:
 def measure(folder: Path, faults: int, gateway: GatewayKind | None) -> None:
     rng = random.Random(1)
     (folder / "errors").mkdir()
-    live = LiveFleet(
-        folder / "live",
-        folder / "rollouts",
-        gateway=gateway,
+    engine = replace(
+        MOCKER,
         # 64 slots from the start: what is measured is the fault, not an overload.
-        flags={**FLAGS, "max-num-seqs": "64"},
-        replica=(sys.executable, str(Path(__file__).resolve()), "--serve", str(folder / "errors")),
+        flags={**MOCKER.flags, "max-num-seqs": "64"},
+        command=(sys.executable, str(Path(__file__).resolve()), "--serve", str(folder / "errors"), *MOCKER.command[3:]),
     )
+    live = LiveFleet(folder / "live", folder / "rollouts", engine=engine, gateway=gateway)
     off: list[float] = []
     back: list[float] = []
     with live, Traffic(live.url, LOAD) as traffic:

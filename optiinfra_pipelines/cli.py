@@ -62,6 +62,11 @@ def up(settings: tuple[Paths, dict[str, str]], host: str, port: int) -> None:
 @click.option(
     "--gateway", type=click.Choice(["haproxy", "builtin"]), help="With --live. Default: HAProxy if installed."
 )
+@click.option(
+    "--vllm",
+    type=click.Path(path_type=Path),
+    help="With --live: this `vllm` on the host's CPU in place of the simulated engine (docs/live-demo.md).",
+)
 @click.pass_obj
 def demo(
     settings: tuple[Paths, dict[str, str]],
@@ -71,6 +76,7 @@ def demo(
     live: bool,
     script: bool,
     gateway: Literal["haproxy", "builtin"] | None,
+    vllm: Path | None,
 ) -> None:
     """Replay recordings of real engines beside this host's live metrics, or run a live fleet."""
     if live and once:
@@ -79,10 +85,10 @@ def demo(
         from optiinfra_pipelines.commands import live_demo
 
         paths, environ = live_demo.settings_of_live_demo(*settings)
-        live_demo.run(paths, host, port, environ, gateway=gateway, is_scripted=script)
+        live_demo.run(paths, host, port, environ, gateway=gateway, vllm=vllm, is_scripted=script)
         return
-    if script or gateway:
-        raise click.UsageError("--script and --gateway belong to --live")
+    if script or gateway or vllm:
+        raise click.UsageError("--script, --gateway and --vllm belong to --live")
     from optiinfra_pipelines.commands import demo as command
 
     paths, environ = command.settings_of_demo(*settings)

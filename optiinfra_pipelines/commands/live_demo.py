@@ -1,6 +1,7 @@
 """`optiinfra demo --live`: a small fleet with real HTTP traffic, which rollouts really change.
 
-The servers, the gateway, the traffic and the rollouts are real; the engines are SIMULATED, and every screen says so.
+The servers, the gateway, the traffic and the rollouts are real; the engines are SIMULATED, unless a real vLLM is named,
+and every screen says which.
 With `--script` it plays the whole walk (`live_walk`) and exits; without, a person does it in the launchpad.
 """
 
@@ -8,26 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 
 import click
 import yaml
 
 from optiinfra_pipelines.commands import up
 from optiinfra_pipelines.commands.console import console
-from optiinfra_pipelines.commands.live_walk import APPROVER, PLAN, REQUESTER, TINY_BUDGET, Walk, WalkError
+from optiinfra_pipelines.commands.live_walk import APPROVER, REQUESTER, Walk, WalkError
 from optiinfra_pipelines.settings import Paths, find_paths
 from resources.dagster_home.graphql import LaunchError, Launchpad
 from resources.dagster_home.supervisor import ChildFailedError
-from resources.demo.live.fleet import (
-    DEPLOYMENT,
-    FLAGS,
-    LOAD,
-    LiveDemoError,
-    LiveFleet,
-    clear_home,
-)
+from resources.demo.live.engines import MOCKER, measured_load, real_vllm
+from resources.demo.live.fleet import DEPLOYMENT, LiveDemoError, LiveFleet, clear_home
 from resources.demo.live.gateways import GatewayKind
-from resources.demo.live.traffic import Traffic
+from resources.demo.live.traffic import Load, Traffic
 
 
 def run(
@@ -37,31 +33,39 @@ def run(
     environ: Mapping[str, str],
     *,
     gateway: GatewayKind | None,
+    vllm: Path | None,
     is_scripted: bool,
 ) -> None:
-    """Run the live fleet under the Dagster UI until told to stop, or until the scripted walk is over."""
+    """Run the live fleet under the Dagster UI until told to stop, or until the scripted walk is over.
+
+    vllm: the executable of a real one, in place of the simulated engine.
+    """
+    engine = real_vllm(vllm.absolute()) if vllm is not None else MOCKER
     try:
         clear_home(paths.home, paths.rollouts_dir)
         with ExitStack() as stack:
             with console.status("starting replicas and their gateway …"):
-                live = LiveFleet(paths.home / "live", paths.rollouts_dir, gateway=gateway, on_event=console.print)
+                live = LiveFleet(
+                    paths.home / "live", paths.rollouts_dir, engine=engine, gateway=gateway, on_event=console.print
+                )
                 stack.enter_context(live)
+                load = engine.load or measured_load(live.url, engine)
             live.write_fleet(paths.fleet_file)
-            traffic = stack.enter_context(Traffic(live.url, LOAD))
+            traffic = stack.enter_context(Traffic(live.url, load))
 
             def walk(is_stopped: Callable[[], bool]) -> None:
-                _walk(paths, host, port, traffic, is_stopped)
+                launchpad = Launchpad(f"http://{host}:{port}")
+                _walk(Walk(paths, launchpad, traffic, engine, say=console.print, is_stopped=is_stopped), is_stopped)
 
-            banner = _banner(live, is_scripted=is_scripted)
+            banner = _banner(live, load, is_scripted=is_scripted)
             up.run(paths, host, port, environ, banner=banner, beside=walk if is_scripted else None)
     except (LiveDemoError, ChildFailedError) as error:
         raise click.ClickException(str(error)) from error
 
 
-def _walk(paths: Paths, host: str, port: int, traffic: Traffic, is_stopped: Callable[[], bool]) -> None:
-    launchpad = Launchpad(f"http://{host}:{port}")
+def _walk(walk: Walk, is_stopped: Callable[[], bool]) -> None:
     try:
-        Walk(paths, launchpad, traffic, say=console.print, is_stopped=is_stopped).run()
+        walk.run()
     except (WalkError, LaunchError) as error:
         if is_stopped():
             return
@@ -69,30 +73,31 @@ def _walk(paths: Paths, host: str, port: int, traffic: Traffic, is_stopped: Call
     console.print("the walk is over: the good change is in force, the bad one was taken back")
 
 
-def _banner(live: LiveFleet, *, is_scripted: bool) -> str:
+def _banner(live: LiveFleet, load: Load, *, is_scripted: bool) -> str:
     """What runs, what of it is simulated, and what to do next."""
     gateway = "HAProxy" if live.gateway == "haproxy" else "the built-in gateway"
-    flags = " ".join(f"--{flag} {value}" for flag, value in FLAGS.items())
+    engine = live.engine
+    flags = " ".join(f"--{flag} {value}" for flag, value in engine.flags.items())
     lines = [
-        "OptiInfra live demo: real HTTP servers, gateway, traffic and rollouts; the ENGINES ARE SIMULATED",
-        "(NVIDIA Dynamo's mocker behind its real frontend). No token here was computed by a model.",
-        f"  {len(live.settings.stable)} replicas of {DEPLOYMENT} behind {gateway} on {live.url}, each with",
-        f"  {flags}; {LOAD.requests_per_second:g} requests a second, more than their slots carry.",
+        *engine.words,
+        f"  replicas of {DEPLOYMENT}: {engine.stable}, behind {gateway} on {live.url}, each with",
+        f"  {flags}; {load.requests_per_second:.3g} requests a second, more than their slots carry.",
     ]
     if not is_scripted:
+        good = {**engine.plan, "requester": REQUESTER, "reason": "…", "recommendation_id": "…"}
         bad = {
-            **PLAN,
+            **engine.plan,
             "deployment": DEPLOYMENT,
             "requester": REQUESTER,
             "reason": "against all advice",
-            "current": {**FLAGS, "max-num-seqs": "64"},
-            "proposed": TINY_BUDGET,
+            "current": {**engine.flags, "max-num-seqs": str(2 * int(engine.flags["max-num-seqs"]))},
+            "proposed": dict(engine.tight),
         }
         lines += [
             "What to do next, in the UI (Deployment, then Jobs, then the job's Launchpad):",
             "  1. Within minutes asset `findings` shows QUEUE_BUILDUP, then `recommendations` more batch slots.",
             "  2. Launch propose_rollout with the recommendation's id:",
-            _config("record_proposal", {**PLAN, "requester": REQUESTER, "reason": "…", "recommendation_id": "…"}),
+            _config("record_proposal", good),
             f"  3. Launch approve_rollout as {APPROVER}, with what the first run printed. A sensor starts the rest;",
             "     follow execute_rollout in Runs and asset rollout/execution in the catalog.",
             "  4. When it is COMPLETED, try a bad one the same way and see it rolled back by itself:",

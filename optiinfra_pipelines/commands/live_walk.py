@@ -19,7 +19,8 @@ from optiinfra_pipelines.defs.rollouts import ROLLOUT_TAG
 from optiinfra_pipelines.domain.rollouts import Rollout, RolloutState
 from optiinfra_pipelines.settings import Paths
 from resources.dagster_home.graphql import Launchpad
-from resources.demo.live.fleet import DEPLOYMENT, FLAGS
+from resources.demo.live.engines import LiveEngine
+from resources.demo.live.fleet import DEPLOYMENT
 from resources.demo.live.traffic import Traffic
 from resources.rollouts.desk import STORE_FILE
 from resources.rollouts.store import RolloutStore
@@ -32,18 +33,6 @@ LOOK_SECONDS = 1.0
 # The ledger's first look wants whole minutes before the change began; traffic takes one to be steady.
 BEFORE_SECONDS = (EARLY.min_periods + 2) * EARLY.period.total_seconds()
 REQUESTER, APPROVER = "ada", "grace"
-# Few shares, each as short as the planner allows at this traffic: two minutes.
-PLAN: Mapping[str, Any] = {
-    "target": "haproxy",
-    "percents": [25.0, 50.0, 100.0],
-    "candidate_replicas": 2,
-    "bake_minutes": 0.5,
-    "detect_percent": 100.0,
-    "min_requests": 100,
-    "warm_up_seconds": 10.0,
-}
-# Sixteen tokens a step for up to 64 running requests: they take turns, and prompts wait.
-TINY_BUDGET = {"max-num-batched-tokens": "16"}
 # Clients' own view before and after is that of so many requests.
 _RECENT = 200
 _TOLD = frozenset({"transition", "verdict", "alert", "refused"})
@@ -70,6 +59,7 @@ class Walk:
         paths: Paths,
         launchpad: Launchpad,
         traffic: Traffic,
+        engine: LiveEngine,
         *,
         say: Callable[[str], None],
         is_stopped: Callable[[], bool],
@@ -77,6 +67,7 @@ class Walk:
         self._paths = paths
         self._launchpad = launchpad
         self._traffic = traffic
+        self._engine = engine
         self._say_line = say
         self._is_stopped = is_stopped
         self._began = time.monotonic()
@@ -95,8 +86,8 @@ class Walk:
         self._clients(before)
         change = {
             "deployment": DEPLOYMENT,
-            "current": {**FLAGS, "max-num-seqs": advice.proposed_slots},
-            "proposed": TINY_BUDGET,
+            "current": {**self._engine.flags, "max-num-seqs": advice.proposed_slots},
+            "proposed": dict(self._engine.tight),
         }
         bad = self._roll_out("the bad change", change, "a smaller token budget, against all advice")
         if bad.position.state is not RolloutState.ROLLED_BACK:
@@ -137,7 +128,7 @@ class Walk:
 
     def _roll_out(self, name: str, change: Mapping[str, Any], reason: str) -> Rollout:
         """Propose, approve as somebody else, and follow to the end."""
-        config = {**PLAN, **change, "requester": REQUESTER, "reason": reason}
+        config = {**self._engine.plan, **change, "requester": REQUESTER, "reason": reason}
         proposed = self._launchpad.run("propose_rollout", "record_proposal", config, is_stopped=self._is_stopped)
         rollout_id = proposed.tags[ROLLOUT_TAG]
         row = self._store.get(rollout_id)

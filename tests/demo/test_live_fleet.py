@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from optiinfra_pipelines.cli import main
 from optiinfra_pipelines.commands import live_demo
 from optiinfra_pipelines.settings import find_paths, load_fleet
-from resources.demo.live.fleet import FLAGS, MARKER, LiveDemoError, LiveFleet, clear_home
+from resources.demo.live.engines import MOCKER, measured_load, real_vllm
+from resources.demo.live.fleet import MARKER, LiveDemoError, LiveFleet, clear_home
 from resources.demo.live.gateways import builtin_config, haproxy_config
 from resources.demo.live.model import write_model
 from resources.demo.live.replica import commands, environment, metrics_port
@@ -24,6 +25,7 @@ class Slow:
 
     def __init__(self, seconds: float) -> None:
         self.most = self.now = self.requests = 0
+        self.is_always_well = False
         lock = threading.Lock()
         outer = self
 
@@ -36,7 +38,7 @@ class Slow:
                 time.sleep(seconds)
                 with lock:
                     outer.now -= 1
-                self.send_response(500 if number % 2 else 200)
+                self.send_response(500 if number % 2 and not outer.is_always_well else 200)
                 self.send_header("Content-Length", "2")
                 self.end_headers()
                 self.wfile.write(b"{}")
@@ -116,11 +118,40 @@ def test_its_fleet_file_is_valid_and_calls_the_engines_simulated(tmp_path: Path)
 
 
 def test_the_screen_says_what_is_simulated_and_what_to_launch(tmp_path: Path) -> None:
-    banner = live_demo._banner(LiveFleet(tmp_path / "live", tmp_path / "rollouts"), is_scripted=False)
+    live = LiveFleet(tmp_path / "live", tmp_path / "rollouts")
+    assert MOCKER.load is not None
+    banner = live_demo._banner(live, MOCKER.load, is_scripted=False)
 
     assert "ENGINES ARE SIMULATED" in banner
     assert "propose_rollout" in banner
-    assert all(f"--{flag} {value}" in banner for flag, value in FLAGS.items())
+    assert all(f"--{flag} {value}" in banner for flag, value in MOCKER.flags.items())
+
+
+def test_a_real_vllm_is_called_live_and_its_page_is_on_its_own_port(tmp_path: Path) -> None:
+    """One replica beside one; what {flags} says comes last on its command line; a wrong path is told before a start."""
+    engine = real_vllm(tmp_path / "v" / "bin" / "vllm")
+    live = LiveFleet(tmp_path / "live", tmp_path / "rollouts", engine=engine)
+    live.write_fleet(tmp_path / "fleet.yaml")
+    fleet = load_fleet(tmp_path / "fleet.yaml", {})
+
+    assert [(one.source, one.url) for one in fleet.targets] == [("live", f"{one.url}/metrics") for one in live.servers]
+    assert live.settings.launch is not None
+    assert live.settings.launch[-1] == "{flags}"
+    assert str(tmp_path / "live" / "model") in live.settings.launch
+    with pytest.raises(LiveDemoError, match=r"v/bin/vllm is not there; docs/live-demo.md makes it"):
+        live.__enter__()
+
+
+def test_the_load_of_a_real_engine_is_more_than_it_was_seen_to_carry() -> None:
+    """Four at once that take 0.05 s each are 80 a second at most: 1.3 times as many are asked for."""
+    slow = Slow(0.05)
+    slow.is_always_well = True
+    load = measured_load(slow.url, real_vllm(Path("vllm")))
+    slow.server.shutdown()
+
+    assert slow.most == 4
+    assert 20 < load.requests_per_second <= 1.3 * 80
+    assert load.max_in_flight == 24
 
 
 def test_only_its_own_folder_is_emptied(tmp_path: Path) -> None:

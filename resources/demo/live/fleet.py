@@ -1,24 +1,22 @@
 """The live demo's fleet on loopback: replicas behind a gateway, which a rollout really changes.
 
 Real: the HTTP servers, their metrics pages, the gateway, the traffic, the processes that a rollout starts and stops.
-SIMULATED: the engine inside each replica, NVIDIA Dynamo's mocker, which sleeps where a GPU would compute. Here:
-starting and ending all of it, and the fleet.yaml that describes it. Not here: the command
-(`optiinfra_pipelines.commands.live_demo`), one replica (`replica`), the load (`traffic`).
+SIMULATED, unless it is a real vLLM: the engine inside each replica. Here: starting and ending all of it, and the
+fleet.yaml that describes it. Not here: the command (`optiinfra_pipelines.commands.live_demo`), what a replica is
+(`engines`), the load (`traffic`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import random
 import shutil
 import socket
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -33,56 +31,30 @@ from optiinfra_pipelines.domain.rollout_policy import (
     RolloutPolicy,
 )
 from resources.dagster_home.supervisor import Child, Supervisor
+from resources.demo.live.engines import MOCKER, LiveEngine
 from resources.demo.live.gateways import GatewayKind, find_haproxy, gateway_command
 from resources.demo.live.model import write_model
 from resources.demo.live.replica import MODEL_NAME, metrics_port
-from resources.demo.live.traffic import Load
 from resources.rollouts.local_launcher import LocalLauncher
 from resources.rollouts.targets.build import REPLICAS, haproxy_folder
 
 DEPLOYMENT = "chat"
-STABLE, CANDIDATES = 2, 2
-# What a replica runs with until a rollout changes it: 32 slots are too few for the load, everything else is ample.
-FLAGS: Mapping[str, str] = {"max-num-seqs": "32", "max-num-batched-tokens": "1024", "num-gpu-blocks-override": "4096"}
-# The mocker's pace against a real GPU's, for prompts and answers, chosen so that two cores carry Dagster beside a load
-# that needs more than 32 slots: about 50 ms a token, 8 s a request.
-SPEEDUP_RATIO, DECODE_SPEEDUP_RATIO = 0.5, 0.35
-# 32 slots answer about 4 requests a second and replica, 64 slots 6.5: this overloads the former and suits the latter.
-LOAD = Load(MODEL_NAME, requests_per_second=9.5, max_in_flight=140, prompt_bytes=(40, 160), output_tokens=(100, 200))
-READY_SECONDS = 90.0
 # Written into the demo's folder; only a folder that has it is emptied at the next start.
 MARKER = ".optiinfra-live-demo"
 _LOOK_SECONDS = 0.5
 # Dynamo takes the port of its metrics page for a 16-bit number with a sign: 32767 is the highest.
 _PORTS = (20_000, 32_000)
-_SIMULATED = "the engine is SIMULATED: NVIDIA Dynamo's mocker behind its real frontend"
 
 
 class LiveDemoError(RuntimeError):
     """The live demo cannot run; the text names what is missing and the remedy."""
 
 
-def missing() -> str | None:
-    """Why the live demo cannot run here; None when it can."""
-    absent = [name for name in ("dynamo.frontend", "dynamo.mocker") if not _is_installed(name)]
-    if absent:
-        return f"{', '.join(absent)} not installed; run it as: uv run --group live optiinfra demo --live"
-    return None
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
-
-
 class LiveFleet:
     """All of it under one folder. Use as a context manager: what was started is ended, also what rollouts started.
 
     rollouts_dir: where the pipeline keeps its rollouts; the replicas are known to the launcher there. gateway: which
-    one; None takes HAProxy where it is installed. flags: what stable replicas start with. replica: command of one, to
-    which its arguments are added. on_event: one line per thing that happens to the gateway.
+    one; None takes HAProxy where it is installed. on_event: one line per thing that happens to the gateway.
     """
 
     def __init__(
@@ -90,17 +62,15 @@ class LiveFleet:
         folder: Path,
         rollouts_dir: Path,
         *,
+        engine: LiveEngine = MOCKER,
         gateway: GatewayKind | None = None,
-        flags: Mapping[str, str] = FLAGS,
-        replica: Sequence[str] = (sys.executable, "-m", "resources.demo.live.replica"),
         on_event: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.folder = folder
-        self._flags = flags
-        self._replica = tuple(replica)
+        self.engine = engine
         self.gateway: GatewayKind = gateway or ("haproxy" if find_haproxy() else "builtin")
         self.launcher = LocalLauncher(_replicas(rollouts_dir))
-        self.port, *ports = _free_ports(STABLE + CANDIDATES)
+        self.port, *ports = _free_ports(engine.stable + engine.candidates)
         self.settings = self._settings(ports)
         self._supervisor = Supervisor(environ=dict(os.environ), cwd=folder, on_event=on_event)
         self._stopped = threading.Event()
@@ -119,18 +89,18 @@ class LiveFleet:
     @property
     def policy(self) -> RolloutPolicy:
         """What rollouts may do here: a demo's first step is a quarter of the traffic, and it grows in large steps."""
-        radius = BlastRadius(max_first_percent=25.0, max_increase_percent=50.0)
+        radius = BlastRadius(max_first_percent=self.engine.max_first_percent, max_increase_percent=50.0)
         deployment = DeploymentRollouts(deployment=DEPLOYMENT, haproxy=self.settings)
         return RolloutPolicy(blast_radius=radius, deployments=(deployment,))
 
     def __enter__(self) -> Self:
-        why = missing()
+        why = self.engine.missing()
         if why is not None:
             raise LiveDemoError(why)
         write_model(self.folder / "model")
         try:
             for one in self.settings.stable:
-                self.launcher.start(one.server, self.settings.launch or (), one.url, self._flags)
+                self.launcher.start(one.server, self.settings.launch or (), one.url, {})
             for one in self.settings.stable:
                 self._wait_until_ready(one)
             command = gateway_command(self.gateway, self.settings, self.port, self.folder)
@@ -156,7 +126,7 @@ class LiveFleet:
     def write_fleet(self, path: Path) -> None:
         """Write the fleet.yaml of all this: every replica's engine page, and this host live."""
         targets = [
-            {"name": one.server, "url": one.metrics, "deployment": DEPLOYMENT, "source": "simulated"}
+            {"name": one.server, "url": one.metrics, "deployment": DEPLOYMENT, "source": self.engine.source}
             for one in self.servers
         ]
         fleet = {
@@ -170,43 +140,33 @@ class LiveFleet:
             "rollouts": self.policy.model_dump(mode="json", exclude_defaults=True),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        header = f"# Written by `optiinfra demo --live` at each start: real HTTP servers on loopback; {_SIMULATED}.\n"
+        header = f"# Written by `optiinfra demo --live` at each start: {self.engine.header}.\n"
         path.write_text(header + yaml.safe_dump(fleet, sort_keys=False), encoding="utf-8")
 
     # --- parts -----------------------------------------------------------------------------------------
 
     def _settings(self, ports: list[int]) -> HaproxySettings:
-        names = [f"chat-a{index}" for index in range(STABLE)] + [f"chat-b{index}" for index in range(CANDIDATES)]
+        engine = self.engine
+        names = [f"chat-a{index}" for index in range(engine.stable)]
+        names += [f"chat-b{index}" for index in range(engine.candidates)]
         servers = [
-            HaproxyServer(
-                server=name,
-                url=f"http://127.0.0.1:{port}",
-                metrics_url=f"http://127.0.0.1:{metrics_port(port)}/metrics",
-            )
+            HaproxyServer(server=name, url=f"http://127.0.0.1:{port}", metrics_url=engine.metrics_url(port))
             for name, port in zip(names, ports, strict=True)
         ]
         # A socket's path may hold 107 bytes: a home deep in the tree would not fit.
         socket_file = Path(tempfile.mkdtemp(prefix="optiinfra-")) / "gateway.sock"
-        base = [f"--{flag}={value}" for flag, value in self._flags.items()]
-        pace = [f"--speedup-ratio={SPEEDUP_RATIO}", f"--decode-speedup-ratio={DECODE_SPEEDUP_RATIO}"]
-        fixed = ["--block-size=32", *pace, *base]
         return HaproxySettings(
             socket=str(socket_file),
             backend=DEPLOYMENT,
             state_file=str(self.folder / "gateway.state"),
-            stable=tuple(servers[:STABLE]),
-            candidates=tuple(servers[STABLE:]),
-            # What {flags} says comes last and wins.
-            launch=(
-                *(*self._replica, "--port", "{port}"),
-                *("--model", str(self.folder / "model"), "--folder", str(self.folder / "replicas")),
-                *(*fixed, "{flags}"),
-            ),
+            stable=tuple(servers[: engine.stable]),
+            candidates=tuple(servers[engine.stable :]),
+            launch=engine.launch(self.folder),
             drain_seconds=60.0,
         )
 
     def _wait_until_ready(self, server: HaproxyServer) -> None:
-        until = time.monotonic() + READY_SECONDS
+        until = time.monotonic() + self.engine.ready_seconds
         while not completes(server.url):
             if time.monotonic() > until or not self.launcher.is_alive(server.server):
                 log = self.launcher.log_path(server.server)
