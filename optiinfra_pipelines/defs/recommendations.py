@@ -77,8 +77,7 @@ def _recommendations(
         name="derive_recommendations", specs=_specs(_ADVICE, _ADVICE_FROM, refresh_minutes), pool=WAREHOUSE_POOL
     )
     def derive_recommendations() -> Iterator[dg.MaterializeResult[None]]:
-        derived = store.refresh()
-        reported = store.report_rollouts(rollouts()) if rollouts is not None else 0
+        derived = store.refresh(list(rollouts()) if rollouts is not None else ())
         standing = [entry for entry in derived.standing if entry.state is LedgerState.OPEN]
         yield dg.MaterializeResult(
             asset_key="recommendations",
@@ -92,7 +91,7 @@ def _recommendations(
         )
         yield dg.MaterializeResult(
             asset_key="recommendation_ledger",
-            metadata={"alive": len(derived.standing), "events_from_rollouts": reported},
+            metadata={"alive": len(derived.standing), "events_from_rollouts": derived.from_rollouts},
         )
         yield dg.MaterializeResult(
             asset_key="fct_recommendation_accuracy",

@@ -17,6 +17,7 @@ import duckdb
 from optiinfra_pipelines.analysis.ledger import life as ledger
 from optiinfra_pipelines.analysis.ledger.accuracy import past_effects
 from optiinfra_pipelines.analysis.ledger.effect import DUE, EARLY, EARLY_DUE, LEVEL, SETTLED, Scale, measure_effect
+from optiinfra_pipelines.analysis.ledger.held import Span, is_held
 from optiinfra_pipelines.analysis.recommendations.context import Context, GpuFacts
 from optiinfra_pipelines.analysis.recommendations.derive import Advice, Group, recommend
 from optiinfra_pipelines.analysis.recommendations.flags import declared_knobs
@@ -58,10 +59,14 @@ Standing = Mapping[tuple[str, str], int]
 
 @dataclass
 class Ledger:
-    """The ledger as it is worked on: entries and measured effects, and what a run of steps adds to them."""
+    """The ledger as it is worked on: entries and measured effects, and what a run of steps adds to them.
+
+    held: when rollouts of a recommendation were open, in which only they may say that it was applied.
+    """
 
     entries: dict[str, LedgerEntry]
     realized: dict[str, RealizedEffect] = field(default_factory=dict)
+    held: Mapping[str, Sequence[Span]] = field(default_factory=dict)
     new: list[Recommendation] = field(default_factory=list)
     events: list[tuple[LedgerEvent, LedgerState]] = field(default_factory=list)
     abstentions: tuple[RuleAbstention, ...] = ()
@@ -207,8 +212,9 @@ class Deriver:
         changes = read_changes(connection, since, end)
         settings = read_settings(connection) if changes else {}
         for entry in waiting:
-            targets = set(self._targets(entry))
-            event = ledger.detect(entry, [one for one in changes if one.target in targets], settings, end)
+            targets, name = set(self._targets(entry)), entry.recommendation.id
+            own = [one for one in changes if one.target in targets and not is_held(book.held, name, one.changed_at)]
+            event = ledger.detect(entry, own, settings, end)
             if event is not None:
                 book.add(event)
 
@@ -217,6 +223,8 @@ class Deriver:
     ) -> None:
         """Changes that no page tells: more requests running than the ceiling let, another number of replicas."""
         for entry in [one for one in book.entries.values() if one.state in _NOT_APPLIED]:
+            if is_held(book.held, entry.recommendation.id, end - self.window, end):
+                continue
             targets = [name for name in self._targets(entry) if name in measures]
             running = [(name, end, measures[name]["running_max"] or 0.0) for name in targets]
             event = ledger.detect_ceiling(entry, running)

@@ -16,13 +16,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 import duckdb
 
 from optiinfra_pipelines.analysis.ledger import life as ledger
 from optiinfra_pipelines.analysis.ledger.accuracy import accuracy
+from optiinfra_pipelines.analysis.ledger.held import held_spans
 from optiinfra_pipelines.domain.fleet import Fleet
 from optiinfra_pipelines.domain.recommendations import (
     FINAL,
@@ -77,13 +78,17 @@ create table if not exists recommendation_progress (derived_until timestamptz, s
 
 @dataclass(frozen=True)
 class Derived:
-    """One refresh: the windows looked at, what is open now, what the rules refused in the newest window."""
+    """One refresh: the windows looked at, what is open now, what the rules refused in the newest window.
+
+    from_rollouts: events that rollouts gave.
+    """
 
     windows: int
     until: datetime | None
     opened: tuple[Recommendation, ...]
     standing: tuple[LedgerEntry, ...]
     abstentions: tuple[RuleAbstention, ...]
+    from_rollouts: int = 0
 
 
 class LedgerStore:
@@ -99,8 +104,14 @@ class LedgerStore:
         window = timedelta(seconds=values["advice_window_seconds"])
         self._deriver = Deriver(fleet, window, in_a_row=int(values["advice_windows"]))
 
-    def refresh(self) -> Derived:
-        """Look at every closed window since the last refresh, then count how right the advice has been."""
+    def refresh(self, rollouts: Sequence[Rollout] = ()) -> Derived:
+        """Look at every closed window since the last refresh, then count how right the advice has been.
+
+        rollouts: all there are. What those of recommendations have come to is taken over first, and while one is open
+        nothing else marks its recommendation applied.
+        """
+        reported = self._report_rollouts(rollouts)
+        held = held_spans(rollouts)
         until = self._clock() - SETTLE
         opened: list[Recommendation] = []
         windows = 0
@@ -108,12 +119,12 @@ class LedgerStore:
             until_before, standing = _progress(connection)
             after = until_before or _first_sample(connection)
         if after is None:
-            return Derived(0, None, (), (), ())
+            return Derived(0, None, (), (), (), reported)
         pending = self._deriver.windows(max(after, until - BACKFILL), until)
         for start in range(0, len(pending), CHUNK):
             part = pending[start : start + CHUNK]
             with self._session() as connection:
-                book = _load(connection)
+                book = replace(_load(connection), held=held)
                 for end in part:
                     if until_before != end - self._deriver.window:
                         standing = {}
@@ -127,7 +138,7 @@ class LedgerStore:
             _save_accuracy(connection, accuracy(list(book.entries.values()), book.realized))
             abstentions = _abstentions(connection)
         alive = tuple(entry for entry in book.entries.values() if entry.state not in FINAL)
-        return Derived(windows, pending[-1] if pending else after, tuple(opened), alive, abstentions)
+        return Derived(windows, pending[-1] if pending else after, tuple(opened), alive, abstentions, reported)
 
     def entries(self, *states: LedgerState) -> list[LedgerEntry]:
         """Entries in these states (all when none is named), best first."""
@@ -176,7 +187,7 @@ class LedgerStore:
                 _save(connection, book, None)
         return move
 
-    def report_rollouts(self, rollouts: Iterable[Rollout]) -> int:
+    def _report_rollouts(self, rollouts: Iterable[Rollout]) -> int:
         """Take over what rollouts of recommendations have come to; returns how many events that gave."""
         speaking = ledger.spokesmen(rollouts)
         if not speaking:

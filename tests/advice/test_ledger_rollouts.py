@@ -84,6 +84,11 @@ class Product:
         [entry] = self.ledger.entries()
         return entry.state
 
+    def events(self) -> list[tuple[str, str]]:
+        """Kind and reason of everything that happened to recommendations, in order of time."""
+        query = "select kind, reason from recommendation_ledger order by happened_at"
+        return [(str(kind), str(reason)) for kind, reason in self.warehouse.read(query).rows()]
+
     def propose(self, target: str) -> Rollout:
         [wanted] = self.ledger.open_recommendations()
         done = self.run(
@@ -145,13 +150,58 @@ def test_a_recommendation_is_proposed_approved_applied_and_verified(product: Pro
     product.approve(row)
     product.clock.now = CHANGED_AT
     product.complete(product.rollouts.store.get(row.rollout_id))
-    product.clock.now = CHANGED_AT + timedelta(minutes=1)
+    product.clock.now = CHANGED_AT + timedelta(minutes=20)
     product.derive()
     assert product.state() is LedgerState.APPLIED
+    assert [reason for kind, reason in product.events() if kind == "applied"] == [
+        f"rollout {row.rollout_id} is COMPLETED"
+    ]
 
     product.clock.now = END
     product.derive()
     assert product.state() is LedgerState.VERIFIED
+
+
+def test_a_canary_that_shows_the_change_does_not_apply_it(product: Product) -> None:
+    """32 requests run at two of four replicas because the rollout made it so: only its own end says applied."""
+    row = product.propose("haproxy")
+    product.approve(row)
+    product.clock.now = CHANGED_AT
+    started = product.rollouts.store.move(
+        product.rollouts.store.get(row.rollout_id),
+        Input.START,
+        actor="run:1",
+        reason="start",
+        now=product.rollouts.clock(),
+        steps=STEPS,
+    )
+    product.clock.now = CHANGED_AT + timedelta(minutes=20)
+    product.derive()
+    assert product.state() is LedgerState.PROPOSED
+
+    product.clock.now += timedelta(minutes=1)
+    for given in (Input.FAIL, Input.ROLLED_BACK):
+        started = product.rollouts.store.move(
+            started, given, actor="run:1", reason=str(given), now=product.rollouts.clock()
+        )
+    product.clock.now += timedelta(seconds=40)
+    product.derive()
+
+    assert product.state() is LedgerState.OPEN
+    [told] = [one for one in product.events() if one[0] == "withdrawn"]
+    assert f"rollout {row.rollout_id} is ROLLED_BACK" in told[1]
+
+
+def test_what_somebody_changes_by_hand_after_a_rollout_is_seen_again(product: Product) -> None:
+    """Rejected before it started, it held nothing: what runs an hour later is somebody's doing."""
+    row = product.propose("haproxy")
+    assert product.run("reject_rollout", "record_rejection", rollout_id=row.rollout_id, person="bob").success
+    product.clock.now = CHANGED_AT + timedelta(minutes=20)
+    product.derive()
+
+    assert product.state() is LedgerState.APPLIED
+    [told] = [reason for kind, reason in product.events() if kind == "applied"]
+    assert "more than the former ceiling of 16" in told
 
 
 def test_a_rejected_proposal_opens_the_recommendation_again(product: Product) -> None:
