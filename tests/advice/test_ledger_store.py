@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -73,6 +74,15 @@ def test_an_advised_raise_is_opened_applied_and_verified_against_the_unchanged_r
     [row] = Warehouse(tmp_path / "one", clock=Clock(END)).read("select * from recommendation_effects").to_dicts()
     assert row["change_low"] < -18 < row["change_high"] < 0
     assert row["grade"].startswith("concurrent")
+    [first] = (
+        Warehouse(tmp_path / "one", clock=Clock(END))
+        .read("select * from recommendation_ledger where kind = 'measured_early'")
+        .to_dicts()
+    )
+    assert first["happened_at"] == entry.applied_at + timedelta(minutes=15)
+    assert first["state_after"] == "applied"
+    seen = json.loads(first["detail"])
+    assert seen["change_low"] < -18 < seen["change_high"] < 0
     everything = next(one for one in ledger.accuracy() if one.kind == "all")
     assert (everything.n, everything.right_sign_share_ratio, everything.coverage_share_ratio) == (1, 1.0, 1.0)
     assert everything.says == "too few to say how accurate: 1 of 20 measured changes"
