@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import polars as pl
 import pytest
+from PIL import Image
 
 from optiinfra_pipelines.analysis.backtest.rows import BacktestQuestion, backtest_rows
 from optiinfra_pipelines.analysis.forecast.rows import demand_steps, load_steps
@@ -131,3 +133,48 @@ def test_pictures_stand_empty_and_constant_data() -> None:
         assert png.startswith(b"\x89PNG")
         assert len(png) <= MAX_BYTES
     assert "over" in as_markdown(b"x" * (MAX_BYTES + 1), "x")
+
+
+def colors_of(png: bytes) -> set[tuple[int, ...]]:
+    found = Image.open(io.BytesIO(png)).convert("RGB").getcolors(maxcolors=100_000)
+    return {color for _, color in found or [] if isinstance(color, tuple)}
+
+
+def test_the_advised_policy_stands_out_among_many() -> None:
+    """Fourteen policies fit the size that the event log bears, and one advised is red; with none, nothing is."""
+    rows = pl.DataFrame(
+        {
+            "policy_name": [f"keda_load 0.{number} (tuned)" for number in range(14)],
+            "kind": ["keda_load"] * 14,
+            "replica_hours": [100.0 + 9 * number for number in range(14)],
+            "attainment_ratio": [0.95 + number / 280 for number in range(14)],
+            "is_pareto": [True] * 14,
+            "is_advised": [number == 12 for number in range(14)],
+        }
+    )
+    png = pareto_plot(rows, "chat")
+    assert len(png) <= MAX_BYTES
+
+    def red(picture: bytes) -> bool:
+        return any(r > 150 and g < 90 and b < 90 for r, g, b in colors_of(picture))
+
+    assert red(png)
+    assert not red(pareto_plot(rows.with_columns(is_advised=pl.lit(False)), "chat"))
+
+
+def test_a_fan_and_a_curve_are_drawn_with_their_parts() -> None:
+    """The band is there where there is a forecast, and the line of 95 % where there is a ceiling."""
+    steps = pl.DataFrame({"at": [600.0 * step for step in range(90)], "value": [100.0 + step for step in range(90)]})
+    ahead = pl.DataFrame(
+        {"horizon_seconds": [600.0, 3600.0], "p10": [150.0, 90.0], "p50": [190.0] * 2, "p90": [250.0] * 2}
+    )
+    band = colors_of(fan_chart(steps, ahead, "chat")) - colors_of(fan_chart(steps, ahead.clear(), "chat"))
+    assert any(b > r + 20 and r > 150 for r, _, b in band)  # light blue
+    known = {
+        "capacity_blocks": [1, 10, 100],
+        "capacity_tokens": [512, 5120, 51_200],
+        "block_hit_ratio": [0.1, 0.3, 0.4],
+    }
+    curve = shaped("kv_reuse_curve", pl.DataFrame(known))
+    assert any(r > 150 and g < 110 and b < 110 for r, g, b in colors_of(reuse_plot(curve, "chat")))
+    assert len(reuse_plot(curve, "chat")) <= MAX_BYTES
