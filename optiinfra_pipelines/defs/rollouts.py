@@ -60,7 +60,7 @@ def _propose(rollouts: Rollouts, find_change: FindChange | None) -> dg.JobDefini
     def record_proposal(context: dg.OpExecutionContext, config: ProposeConfig) -> None:
         now = rollouts.clock().at
         with _refusals():
-            change = _change(config, find_change)
+            change = rollouts.with_present_flags(_change(config, find_change), config.target)
             rollout_id = f"{change.deployment}-{now:%Y%m%d-%H%M%S}-{context.run_id[:6]}"
             row = rollouts.propose(to_proposal(config, rollout_id, change, now), context.run_id)
         context.instance.add_dynamic_partitions("rollouts", [rollout_id])

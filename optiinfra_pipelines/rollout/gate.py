@@ -17,10 +17,12 @@ from optiinfra_pipelines.domain.rollouts import (
     HOLDING,
     Approval,
     PauseReason,
+    Proposal,
     Rollout,
     RolloutState,
     Step,
 )
+from optiinfra_pipelines.rollout.present import present_flags, stale_faults
 from optiinfra_pipelines.rollout.proposal import faults, proposal_hash
 
 # Clocks of one host's processes agree to well under a second; a stamp from further ahead means that the clock jumped.
@@ -180,8 +182,20 @@ def _clock_refusal(stamp: datetime, now: datetime, what: str) -> str | None:
     return None
 
 
+def stale_refusals(proposal: Proposal, policy: RolloutPolicy, others: Sequence[Rollout]) -> list[str]:
+    """What a proposal takes for the present flags that completed rollouts left otherwise; others: all other rollouts.
+
+    Only where candidates, and so the replicas after a completed rollout, are started by us: elsewhere a person may have
+    changed them since, and the record proves nothing.
+    """
+    haproxy = policy.of(proposal.change.deployment).haproxy
+    if proposal.target != "haproxy" or haproxy is None or haproxy.launch is None:
+        return []
+    return stale_faults(proposal.change, present_flags(others, proposal.change.deployment, proposal.target))
+
+
 def _policy_refusal(rollout: Rollout, now: datetime, policy: RolloutPolicy, others: Sequence[Rollout]) -> str | None:
-    found = faults(rollout.proposal, policy)
+    found = [*faults(rollout.proposal, policy), *stale_refusals(rollout.proposal, policy, others)]
     if found:
         return "; ".join(found)
     holding = [other for other in others if other.position.state in HOLDING and other.rollout_id != rollout.rollout_id]

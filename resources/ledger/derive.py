@@ -39,6 +39,7 @@ from optiinfra_pipelines.domain.recommendations import (
     Recommendation,
     RuleAbstention,
 )
+from optiinfra_pipelines.rollout.present import Present, declared_now
 from resources.ledger.windows import (
     read_changed_targets,
     read_changes,
@@ -61,12 +62,14 @@ Standing = Mapping[tuple[str, str], int]
 class Ledger:
     """The ledger as it is worked on: entries and measured effects, and what a run of steps adds to them.
 
-    held: when rollouts of a recommendation were open, in which only they may say that it was applied.
+    held: when rollouts of a recommendation were open, in which only they may say that it was applied. present: flags
+    that completed rollouts left, by deployment.
     """
 
     entries: dict[str, LedgerEntry]
     realized: dict[str, RealizedEffect] = field(default_factory=dict)
     held: Mapping[str, Sequence[Span]] = field(default_factory=dict)
+    present: Mapping[str, Mapping[str, Present]] = field(default_factory=dict)
     new: list[Recommendation] = field(default_factory=list)
     events: list[tuple[LedgerEvent, LedgerState]] = field(default_factory=list)
     abstentions: tuple[RuleAbstention, ...] = ()
@@ -183,7 +186,9 @@ class Deriver:
                 deployment=deployment,
                 replicas=max(1, sum(one.vantage == "engine" for one in seen)),
                 shape=shape_of(deployment),
-                declared=declared_knobs(engine, deployment.flags if deployment else {}),
+                declared=declared_knobs(
+                    engine, declared_now(deployment.flags if deployment else {}, book.present.get(subject.name, {}))
+                ),
                 gpu=facts,
                 price=price_of(
                     (deployment.gpu if deployment else None) or facts.name,

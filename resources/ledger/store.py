@@ -37,6 +37,7 @@ from optiinfra_pipelines.domain.recommendations import (
 )
 from optiinfra_pipelines.domain.rollouts import Change, Rollout
 from optiinfra_pipelines.domain.thresholds import threshold_values
+from optiinfra_pipelines.rollout.present import present_flags
 from resources.ledger.derive import Deriver, Ledger, Standing
 from resources.warehouse import Warehouse
 
@@ -111,7 +112,8 @@ class LedgerStore:
         nothing else marks its recommendation applied.
         """
         reported = self._report_rollouts(rollouts)
-        held = held_spans(rollouts)
+        deployments = {one.deployment for one in rollouts}
+        present = {name: present_flags(rollouts, name) for name in deployments}
         until = self._clock() - SETTLE
         opened: list[Recommendation] = []
         windows = 0
@@ -124,7 +126,7 @@ class LedgerStore:
         for start in range(0, len(pending), CHUNK):
             part = pending[start : start + CHUNK]
             with self._session() as connection:
-                book = replace(_load(connection), held=held)
+                book = replace(_load(connection), held=held_spans(rollouts), present=present)
                 for end in part:
                     if until_before != end - self._deriver.window:
                         standing = {}

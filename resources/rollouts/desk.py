@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optiinfra_pipelines.domain.fleet import Fleet
-from optiinfra_pipelines.domain.rollout_policy import RolloutPolicy
-from optiinfra_pipelines.domain.rollouts import PauseReason, Proposal, Rollout, RolloutState
+from optiinfra_pipelines.domain.rollout_policy import DeploymentRollouts, RolloutPolicy
+from optiinfra_pipelines.domain.rollouts import Change, PauseReason, Proposal, Rollout, RolloutState
 from optiinfra_pipelines.rollout import gate
 from optiinfra_pipelines.rollout.budget import budget_refusal
 from optiinfra_pipelines.rollout.machine import Input
+from optiinfra_pipelines.rollout.present import present_flags, with_present
 from optiinfra_pipelines.rollout.proposal import faults
 from resources.rollouts.budgets import Read, read_budgets
 from resources.rollouts.clock import Clock, Moment, now_here
@@ -26,6 +27,7 @@ from resources.rollouts.store import RolloutError, RolloutStore
 from resources.rollouts.targets import RolloutTarget, TargetError
 from resources.rollouts.targets.build import served_target
 from resources.rollouts.targets.dry_run import DryRunTarget
+from resources.rollouts.targets.haproxy import HaproxyTarget
 
 if TYPE_CHECKING:
     from resources.rollouts.executor import Executor
@@ -93,6 +95,12 @@ class Rollouts:
         except TargetError as error:
             raise RolloutError(f"rollout {row.rollout_id} has no target: {error}") from error
 
+    def haproxy(self, settings: DeploymentRollouts) -> HaproxyTarget:
+        """The HAProxy target of a deployment that has one."""
+        target = served_target("haproxy", settings, self.root, self.environ)
+        assert isinstance(target, HaproxyTarget)
+        return target
+
     def executor(self, rollout_id: str, owner: str, run_id: str | None = None) -> Executor:
         """A new executor; nothing is touched before its `begin`. RolloutError when its target is not available here."""
         # scipy and numba cost seconds of CPU and 150 MB, which ticks and runs that judge nothing must not pay.
@@ -140,11 +148,15 @@ class Rollouts:
         rehearsal = RehearsalClock(self.clock())
         return Pace(rehearsal, rehearsal.sleep)
 
+    def with_present_flags(self, change: Change, target: str) -> Change:
+        """The change beside what completed rollouts left: the present values of its flags, for the way back."""
+        return with_present(change, present_flags(self.all(), change.deployment, target))
+
     # --- people's moves --------------------------------------------------------------------------------
 
     def propose(self, proposal: Proposal, run_id: str | None = None) -> Rollout:
         """Enter a proposal. RolloutError with every fault and its remedy."""
-        found = faults(proposal, self.policy)
+        found = [*faults(proposal, self.policy), *gate.stale_refusals(proposal, self.policy, self.all())]
         known = [deployment.name for deployment in self.fleet.deployments]
         if proposal.target != "dry_run" and proposal.change.deployment not in known:
             listed = ", ".join(known) or "none"

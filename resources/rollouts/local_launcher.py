@@ -54,6 +54,8 @@ class Launcher(Protocol):
 
     def stop(self, name: str, grace_seconds: float) -> None: ...
 
+    def revive(self, name: str) -> bool: ...
+
 
 class LocalLauncher:
     """Processes under one folder, by name."""
@@ -75,6 +77,19 @@ class LocalLauncher:
             # Somebody died between starting it and writing it down.
             self._write(name, {"pid": found.pid, "created": found.create_time(), "command": line})
             return
+        self._launch(name, line)
+
+    def revive(self, name: str) -> bool:
+        """Start one that was started here and is gone, with the command it had; False when there is nothing to do."""
+        known = self._read(name)
+        if known is None or self._process(known) is not None:
+            return False
+        command = known["command"]
+        assert isinstance(command, list)
+        self._launch(name, command)
+        return True
+
+    def _launch(self, name: str, line: list[str]) -> None:
         with self.log_path(name).open("ab") as log:
             try:
                 process = subprocess.Popen(

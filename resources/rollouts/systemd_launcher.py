@@ -1,8 +1,8 @@
 """Candidate replicas as transient systemd units: they outlive whoever started them and log to the journal.
 
 `systemd-run` makes the unit, `systemctl` asks and stops it; nothing is written under /etc. A unit does not restart by
-itself, because a candidate that died must be seen dead, and none survives a reboot: once a rollout has completed, write
-its flags into the units that start at boot.
+itself, because a candidate that died must be seen dead, and none survives a reboot: `revive` starts it again with what
+it ran with, where the target says that it is a stable replica now.
 """
 
 from __future__ import annotations
@@ -42,10 +42,27 @@ class SystemdLauncher:
                 return
             raise LauncherError(f"unit {unit} runs already with other flags; stop it first: systemctl stop {unit}")
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._launch(name, line)
+
+    def revive(self, name: str) -> bool:
+        """Start one that was started here and is gone, with the command it had; False when there is nothing to do."""
+        line = self._started_with(name)
+        if line is None or self.is_alive(name):
+            return False
+        self._launch(name, line)
+        return True
+
+    def _launch(self, name: str, line: Sequence[str]) -> None:
         # Before the start: one that was started and not written down would look like another's.
         self._file(name).write_text(json.dumps(line), encoding="utf-8")
         # Gone once it ended, also by a crash; else the next start finds a failed unit in its place.
-        options = ["--quiet", "--collect", f"--unit={unit}", "--property=Restart=no", "--property=KillMode=mixed"]
+        options = [
+            "--quiet",
+            "--collect",
+            f"--unit={self._own_unit(name)}",
+            "--property=Restart=no",
+            "--property=KillMode=mixed",
+        ]
         self._run("systemd-run", [*self._scope, *options, "--", *line], ASK_SECONDS)
 
     def is_alive(self, name: str) -> bool:

@@ -61,8 +61,31 @@ class Watchdog:
                 done = Watched(row.rollout_id, f"could not be helped: {error}", fault=str(error))
             if done is not None:
                 found.append(done)
+        found += self._revive()
         # Last: an orchestrator that does not answer costs seconds, which safety must not wait for.
         return [*found, *(Watched(said.rollout_id, said.did) for said in self._orchestrators.look())]
+
+    def _revive(self) -> list[Watched]:
+        """Stable replicas that a completed rollout left to us come back with its flags after a crash or a reboot."""
+        found = []
+        for settings in self._rollouts.policy.deployments:
+            if settings.haproxy is None or settings.haproxy.launch is None:
+                continue
+            target = self._rollouts.haproxy(settings)
+            completed = target.completed_by
+            if completed is None:
+                continue
+            try:
+                revived = target.revive_stable(self._rollouts.clock().at)
+            except TargetError as error:
+                _log.error("stable_replica_not_started", deployment=settings.deployment, cause=str(error))
+                found.append(Watched(completed, f"a stable replica could not be started: {error}"))
+                continue
+            if revived:
+                did = f"{', '.join(revived)} was gone and is started again with the flags of the completed rollout"
+                self._store.note(completed, "alert", did, actor=WATCHDOG, now=self._rollouts.clock())
+                found.append(Watched(completed, did))
+        return found
 
     def _watch(self, row: Rollout) -> Watched | None:
         state = row.position.state

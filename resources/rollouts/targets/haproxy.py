@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from optiinfra_pipelines.domain.rollout_policy import HaproxyServer, HaproxySettings
+from optiinfra_pipelines.rollout.knobs import plain
 from resources.rollouts.local_launcher import Launcher, LauncherError
 from resources.rollouts.targets.base import Actual, ArmCounts, Counted, Flags, TargetError, TokenFile
 from resources.rollouts.targets.haproxy_roles import Roles, roles_of, state_path
@@ -22,6 +24,8 @@ from resources.rollouts.targets.haproxy_socket import RuntimeSocket, ServerStatu
 MAX_WEIGHT = 256
 # It has drained before; what is left is the engine's own shutdown. Less than the lease, which waits for it.
 STOP_SECONDS = 15.0
+# One that dies right after its start is not helped by another: three in ten minutes, then it is left to a person.
+MAX_REVIVALS, REVIVAL_SECONDS = 3, 600.0
 
 
 class HaproxyTarget:
@@ -57,6 +61,12 @@ class HaproxyTarget:
     @property
     def _roles(self) -> Roles:
         return roles_of(self._settings, self._state.read())
+
+    @property
+    def completed_by(self) -> str | None:
+        """The rollout that completed last; None before any."""
+        promoted: str | None = self._state.read().get("promoted")
+        return promoted
 
     def _are_swapped(self) -> bool:
         return bool(self._state.read().get("are_swapped", False))
@@ -132,10 +142,12 @@ class HaproxyTarget:
             raise TargetError(f"{count} candidates, but the backend has {len(servers)} servers for them")
         with self._state.held(token) as state:
             state["started"] = count
+            # Over what completed rollouts left: a change of one flag must not take the others back.
+            given = state["candidate_flags"] = _over(state.get("stable_flags", {}), flags)
             for server in servers:
                 if self._settings.launch is not None:
                     try:
-                        self._launcher.start(server.server, self._settings.launch, server.url, flags)
+                        self._launcher.start(server.server, self._settings.launch, server.url, given)
                     except LauncherError as error:
                         raise TargetError(str(error)) from error
                 # Weight 0 keeps requests away; `ready` ends the drain of an earlier rollout.
@@ -182,10 +194,35 @@ class HaproxyTarget:
             self._stop(old)
             weights = {one.server: self._socket.weight(backend, one.server)[0] for one in self.candidate_servers}
             state.update(promoted=rollout_id, are_swapped=not state.get("are_swapped", False), stable_weights=weights)
+            state["stable_flags"] = state.get("candidate_flags", {})
             self._keep()
             return True
 
     # --- parts -----------------------------------------------------------------------------------------
+
+    def revive_stable(self, now: datetime) -> list[str]:
+        """Start stable replicas of ours that are gone, a crash or a reboot, with the flags they had; their names.
+
+        Only once a rollout has completed: before, the stable replicas are the operator's. TargetError for one that
+        died too often, and StaleTokenError when a rollout took the target meanwhile.
+        """
+        state = self._state.read()
+        if self._settings.launch is None or "promoted" not in state:
+            return []
+        revived = []
+        with self._state.held(int(state.get("token", 0))) as state:
+            for one in roles_of(self._settings, state).stable:
+                since = now.timestamp() - REVIVAL_SECONDS
+                lately = [at for at in state.get("revivals", {}).get(one.server, []) if at > since]
+                if len(lately) >= MAX_REVIVALS and not self._launcher.is_alive(one.server):
+                    raise TargetError(
+                        f"{one.server} was started {len(lately)} times in {REVIVAL_SECONDS / 60:.0f} minutes and is "
+                        "gone again; see its log"
+                    )
+                if self._launcher.revive(one.server):
+                    state.setdefault("revivals", {})[one.server] = [*lately, now.timestamp()]
+                    revived.append(one.server)
+        return revived
 
     def _weights(self, percent: float, original: Mapping[str, int]) -> dict[str, int]:
         """Weight of every server for a share; the stable ones keep their proportions."""
@@ -241,6 +278,11 @@ class HaproxyTarget:
             temporary.replace(path)
         except OSError as error:
             raise TargetError(f"HAProxy's state file {path} cannot be written: {error}") from error
+
+
+def _over(present: Flags, flags: Flags) -> dict[str, str | None]:
+    """The flags over the present ones, each once, however it is spelled."""
+    return dict({plain(flag): (flag, value) for flag, value in (*present.items(), *flags.items())}.values())
 
 
 def closest_weights(percent: float, original: Mapping[str, int], candidates: int) -> tuple[dict[str, int], int]:
