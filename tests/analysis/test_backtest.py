@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -271,3 +272,72 @@ def test_the_manifest_sets_what_was_replayed() -> None:
         json.dumps(found)
         query = "" if found is None else json.dumps(found)
         assert query.count("(") == query.count(")")
+
+
+LIMITS: dict[str, Any] = {
+    "deployment": "chat", "namespace": "llm", "capacity": 2_000_000.0, "cold_start_seconds": 180.0,
+    "tokens_per_request": 812.3456789, "min_replicas": 2, "max_replicas": 40, "prometheus_url": "http://prom:9090",
+}  # fmt: skip
+
+
+def test_every_field_of_an_autoscaler_is_one_that_kubernetes_knows() -> None:
+    """Read by Kubernetes' own client and written again, nothing is lost: no field is misspelled or mistyped."""
+    client = pytest.importorskip("kubernetes.client")
+    written = client.ApiClient().sanitize_for_serialization
+    hpa = manifest(HpaPolicy(target_ratio=0.7), **LIMITS)
+    assert hpa is not None
+    assert written(client.V2HorizontalPodAutoscaler.from_dict(hpa)) == hpa
+    assert hpa["spec"]["metrics"][0]["pods"]["target"]["averageValue"] == "1400000"  # no exponent
+    for policy in (KedaWaitingPolicy(), KedaLoadPolicy(target_ratio=0.9), TrendPolicy()):
+        found = manifest(policy, **LIMITS)
+        assert found is not None
+        behavior = found["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+        assert written(client.V2HorizontalPodAutoscalerBehavior.from_dict(behavior)) == behavior
+
+
+# KEDA 2.20's ScaledObject, as its definition names the fields: of the specification, and of a Prometheus trigger.
+SCALED_OBJECT = {"advanced", "cooldownPeriod", "fallback", "idleReplicaCount", "initialCooldownPeriod",
+                 "maxReplicaCount", "minReplicaCount", "pollingInterval", "scaleTargetRef", "triggers"}  # fmt: skip
+TRIGGER = {"type", "metricType", "metadata", "name", "useCachedMetrics", "authenticationRef"}
+PROMETHEUS = {"serverAddress", "query", "threshold", "activationThreshold", "ignoreNullValues", "namespace",
+              "customHeaders", "queryParameters", "unsafeSsl", "timeout"}  # fmt: skip
+
+
+def test_every_field_of_a_scaled_object_is_one_that_keda_knows() -> None:
+    """Metadata of a trigger are strings; a poll only where the cluster's own period is shorter."""
+    for policy in (KedaWaitingPolicy(), KedaLoadPolicy(target_ratio=0.9), TrendPolicy(sync_seconds=60.0)):
+        found = manifest(policy, **LIMITS)
+        assert found is not None
+        assert set(found["spec"]) <= SCALED_OBJECT
+        [trigger] = found["spec"]["triggers"]
+        assert set(trigger) <= TRIGGER
+        assert set(trigger["metadata"]) <= PROMETHEUS
+        assert all(isinstance(value, str) for value in trigger["metadata"].values())
+        assert "e+" not in trigger["metadata"]["threshold"]
+        is_slow = policy.sync_seconds > 15
+        assert found["spec"].get("pollingInterval") == (60 if is_slow else None)
+        assert trigger.get("useCachedMetrics") is (True if is_slow else None)
+
+
+def test_what_would_be_filled_in_otherwise_is_written_out() -> None:
+    """No tolerance and no limit upwards but for the HPA's own, as replayed; and a lost metric is no load of nothing."""
+    keda, hpa = manifest(KedaLoadPolicy(target_ratio=0.9), **LIMITS), manifest(HpaPolicy(target_ratio=0.7), **LIMITS)
+    assert keda is not None
+    assert hpa is not None
+    behavior = keda["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+    assert behavior["scaleUp"]["policies"] == [{"type": "Pods", "value": 40, "periodSeconds": 15}]
+    assert behavior["scaleUp"]["tolerance"] == behavior["scaleDown"]["tolerance"] == "0"
+    assert hpa["spec"]["behavior"]["scaleUp"]["tolerance"] == "0.1"
+    assert [one["value"] for one in hpa["spec"]["behavior"]["scaleUp"]["policies"]] == [100, 4]
+    assert keda["spec"]["triggers"][0]["metadata"]["ignoreNullValues"] == "false"
+    assert "sum by (namespace, pod) (rate(" in hpa["metadata"]["annotations"]["optiinfra/needs"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "fewest"),
+    [(KedaLoadPolicy(target_ratio=0.9), 0), (HpaPolicy(target_ratio=0.7, stabilization_seconds=7200), 1),
+     (TrendPolicy(down_ratio=0.7), 1)],
+)  # fmt: skip
+def test_what_no_autoscaler_can_do_has_no_manifest(policy: Policy, fewest: int) -> None:
+    """Scaling to nothing by the counters of what is gone, a hold over an hour, another target down than up."""
+    assert manifest(policy, **LIMITS | {"min_replicas": fewest}) is None

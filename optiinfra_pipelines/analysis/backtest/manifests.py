@@ -1,7 +1,9 @@
 """The Kubernetes manifest that sets a scaling policy: exact HPA and KEDA parameters as plain dicts.
 
 Pure; nothing is applied here. Demand is measured in tokens per second from vLLM's own counters, so `capacity` must be
-in tokens per second and replica, and waiting work in tokens is waiting requests times `tokens_per_request`.
+in tokens per second and replica, and waiting work in tokens is waiting requests times `tokens_per_request`. Whatever
+Kubernetes or KEDA would otherwise fill in and the replay did not do is written out: the tolerance of 10 %, the limit of
+double or four more per period, and a lost metric read as 0. What a manifest needs of the cluster is its annotation.
 """
 
 from __future__ import annotations
@@ -22,6 +24,14 @@ from optiinfra_pipelines.domain.scaling import (
 )
 
 Manifest = dict[str, Any]
+PODS_METRIC = "optiinfra_tokens_per_second"
+# Key of the annotation that tells what must be there before the manifest does what it says.
+NEEDS = "optiinfra/needs"
+# Set by the API; a longer hold cannot be expressed.
+MAX_HOLD_SECONDS = 3600.0
+# How often the cluster's autoscaler looks, unless its operator changed --horizontal-pod-autoscaler-sync-period.
+CLUSTER_SYNC_SECONDS = 15
+TOLERANCE = "Kubernetes 1.35 or later, where a tolerance may be set (1.33 with HPAConfigurableTolerance)"
 
 
 def manifest(
@@ -38,8 +48,13 @@ def manifest(
 ) -> Manifest | None:
     """What to apply so that the cluster does what the replay did; None for policies that no HPA or KEDA can express.
 
-    The selector is job="<deployment>": change it where your scrape configuration names replicas otherwise.
+    So are a hold over an hour, another trend up than down, and none at all as the fewest replicas: with the last
+    engine its counters go, and nothing would tell that it is wanted. The selector is job="<deployment>": change it
+    where your scrape configuration names replicas otherwise. A Deployment holds its replicas alone: apply it on the
+    server's side (`kubectl apply --server-side`), beside what is there.
     """
+    if _is_beyond(policy, min_replicas):
+        return None
     selector = f'{{job="{deployment}"}}'
     waiting = f"sum(vllm:num_requests_waiting{selector})"
 
@@ -49,24 +64,35 @@ def manifest(
         return "(" + " + ".join(f"sum(rate({counter}{selector}{span}))" for counter in counters) + ")"
 
     def scaled_object(query: str, threshold: float, sync: float, hold: float) -> Manifest:
+        trigger: Manifest = {
+            "type": "prometheus",
+            "metricType": "AverageValue",
+            "metadata": {
+                "serverAddress": prometheus_url,
+                "query": query,
+                "threshold": _number(threshold),
+                # KEDA's default takes an empty answer for a load of 0 and scales down; an error holds what is there.
+                "ignoreNullValues": "false",
+            },
+        }
+        spec: Manifest = {
+            "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": deployment},
+            "minReplicaCount": min_replicas,
+            "maxReplicaCount": max_replicas,
+            "advanced": {"horizontalPodAutoscalerConfig": {"behavior": _behavior(hold, max_replicas)}},
+            "triggers": [trigger],
+        }
+        if sync > CLUSTER_SYNC_SECONDS:  # else the cluster's own period rules, and KEDA's interval says nothing
+            spec["pollingInterval"] = math.ceil(sync)
+            trigger["useCachedMetrics"] = True
+        needs = (
+            f"KEDA 2.20 or later, its Prometheus at serverAddress scraping the engines as the query names; {TOLERANCE}"
+        )
         return {
             "apiVersion": "keda.sh/v1alpha1",
             "kind": "ScaledObject",
-            "metadata": {"name": deployment, "namespace": namespace},
-            "spec": {
-                "scaleTargetRef": {"name": deployment},
-                "minReplicaCount": min_replicas,
-                "maxReplicaCount": max_replicas,
-                "pollingInterval": math.ceil(sync),
-                "advanced": {"horizontalPodAutoscalerConfig": {"behavior": _behavior(hold)}},
-                "triggers": [
-                    {
-                        "type": "prometheus",
-                        "metricType": "AverageValue",
-                        "metadata": {"serverAddress": prometheus_url, "query": query, "threshold": f"{threshold:.6g}"},
-                    }
-                ],
-            },
+            "metadata": {"name": deployment, "namespace": namespace, "annotations": {NEEDS: needs}},
+            "spec": spec,
         }
 
     match policy:
@@ -74,33 +100,42 @@ def manifest(
             return {
                 "apiVersion": "apps/v1",
                 "kind": "Deployment",
-                "metadata": {"name": deployment, "namespace": namespace},
+                "metadata": {
+                    "name": deployment,
+                    "namespace": namespace,
+                    "annotations": {NEEDS: "kubectl apply --server-side on a Deployment that no autoscaler scales"},
+                },
                 "spec": {"replicas": policy.replicas},
             }
         case HpaPolicy():
+            by_pod = tokens(policy.window_seconds).replace("sum(", "sum by (namespace, pod) (")
             metric = {
                 "type": "Pods",
                 "pods": {
-                    "metric": {"name": "optiinfra_tokens_per_second"},
-                    "target": {"type": "AverageValue", "averageValue": f"{capacity * policy.target_ratio:.6g}"},
+                    "metric": {"name": PODS_METRIC},
+                    "target": {"type": "AverageValue", "averageValue": _number(capacity * policy.target_ratio)},
                 },
             }
             return {
                 "apiVersion": "autoscaling/v2",
                 "kind": "HorizontalPodAutoscaler",
-                "metadata": {"name": deployment, "namespace": namespace},
+                "metadata": {
+                    "name": deployment,
+                    "namespace": namespace,
+                    "annotations": {NEEDS: f"an adapter that serves {PODS_METRIC} of a pod as {by_pod}; {TOLERANCE}"},
+                },
                 "spec": {
                     "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": deployment},
                     "minReplicas": min_replicas,
                     "maxReplicas": max_replicas,
                     "metrics": [metric],
-                    "behavior": _behavior(policy.stabilization_seconds),
+                    "behavior": _behavior(policy.stabilization_seconds, None, policy.tolerance_ratio),
                 },
             }
         case KedaWaitingPolicy():
             return scaled_object(waiting, policy.waiting_per_replica, policy.sync_seconds, policy.stabilization_seconds)
         case KedaLoadPolicy():
-            queued = f"{waiting} * {tokens_per_request:.6g} / {policy.queue_drain_seconds:.6g}"
+            queued = f"{waiting} * {_number(tokens_per_request)} / {_number(policy.queue_drain_seconds)}"
             query = f"{tokens(policy.window_seconds)} + {queued}"
             threshold = capacity * policy.target_ratio
             return scaled_object(query, threshold, policy.sync_seconds, policy.stabilization_seconds)
@@ -145,7 +180,9 @@ def _trend(
     if policy.reserve_ratio > 0:
         peak = f"max_over_time(({level})[{math.ceil(policy.reserve_window_seconds)}s:{sync}s])"
         query = _larger(query, f"({policy.reserve_ratio * policy.up_ratio:.6g} * {peak})")
-    query += f" + {waiting} * {tokens_per_request:.6g} * {policy.up_ratio:.6g} / {policy.queue_drain_seconds:.6g}"
+    query += (
+        f" + {waiting} * {_number(tokens_per_request)} * {policy.up_ratio:.6g} / {_number(policy.queue_drain_seconds)}"
+    )
     return dict(scaled_object(query, capacity * policy.up_ratio, policy.sync_seconds, policy.stabilization_seconds))
 
 
@@ -154,8 +191,30 @@ def _larger(one: str, other: str) -> str:
     return f"({one} >= {other} or {other})"
 
 
-def _behavior(hold_seconds: float) -> Manifest:
+def _is_beyond(policy: Policy, min_replicas: int) -> bool:
+    """Whether a hold, a difference of directions or a scale to nothing is asked for that no object can say."""
+    if isinstance(policy, StaticPolicy):
+        return False
+    if isinstance(policy, TrendPolicy) and policy.down_ratio < policy.up_ratio:
+        return True
+    return min_replicas < 1 or getattr(policy, "stabilization_seconds", 0.0) > MAX_HOLD_SECONDS
+
+
+def _behavior(hold_seconds: float, most_up: int | None, tolerance_ratio: float = 0.0) -> Manifest:
+    """most_up: replicas that may come at once; None: Kubernetes' default of double or four more, as replayed."""
+    period = {"periodSeconds": CLUSTER_SYNC_SECONDS}
+    all_of_them = {"type": "Percent", "value": 100} | period
+    up = [all_of_them, {"type": "Pods", "value": 4} | period]
+    if most_up is not None:
+        up = [{"type": "Pods", "value": most_up} | period]
+    common = {"selectPolicy": "Max", "tolerance": _number(tolerance_ratio)}
     return {
-        "scaleDown": {"stabilizationWindowSeconds": math.ceil(hold_seconds)},
-        "scaleUp": {"stabilizationWindowSeconds": 0},
+        "scaleDown": {"stabilizationWindowSeconds": math.ceil(hold_seconds), "policies": [all_of_them]} | common,
+        "scaleUp": {"stabilizationWindowSeconds": 0, "policies": up} | common,
     }
+
+
+def _number(value: float) -> str:
+    """Six digits that count, never an exponent: what Kubernetes and KEDA read, and a person too."""
+    digits = f"{float(f'{value:.6g}'):f}"
+    return digits.rstrip("0").rstrip(".")
