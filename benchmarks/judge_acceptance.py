@@ -14,6 +14,10 @@ that differ by 0.03, and shared load that swings twice as far.
 Edges, margins and the stake come from the stable replicas' last simulated hour, as in production; during the step the
 stakes follow the stable replicas' counts. Beside it, in brackets: the default stake without history and without counts
 by replica, which is the worst that can be asked of the judge.
+
+"planned": the time that the rollout planner makes a step last for this regression at these rates, of the same hour and
+stake. It is meant as the time by which nine of ten are found, computed without replica noise, drift and bursts; the
+ratios of the measured median and 90th percentile to it say how far that goes.
 """
 
 from __future__ import annotations
@@ -27,10 +31,12 @@ import numpy as np
 from numba import njit
 from scipy.stats import beta
 
+from optiinfra_pipelines.domain.rollouts import RolloutPlan
 from optiinfra_pipelines.rollout.calibration import calibrate, drifts
 from optiinfra_pipelines.rollout.eprocess import ERROR_ALTERNATIVES, first_crossing
 from optiinfra_pipelines.rollout.judge import ERROR_NULL_ODDS, LATENCY_PLAIN_SHARE
 from optiinfra_pipelines.rollout.margins import StableHistogram, judged_edges
+from optiinfra_pipelines.rollout.planner import Traffic, detection_seconds
 from optiinfra_pipelines.rollout.tempering import (
     DEFAULT_STAKE,
     LATENCY_ALTERNATIVES,
@@ -43,6 +49,10 @@ from optiinfra_pipelines.rollout.tempering import (
 
 TICKS, HOUR, TICK_SECONDS, STABLE = 360, 720, 5.0, 9
 LOG_LIMIT = math.log(100)  # alpha 1 % for each signal
+# Hours that the planner is asked about; its time depends little on which.
+PLANNED_HOURS = 5
+# What it plans for where no latency can be judged.
+PLANNED_ERROR_RATIO = 0.05
 # vLLM's, from where requests are: hardly one is faster than 0.1 s, and edges there are never judged.
 BOUNDS = np.array([0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0])
 # Shared sd and time, daily factor, burst; replica sd and time, static sd; on-off chance a tick; is it log-logistic.
@@ -125,11 +135,15 @@ def simulate(seed, rate, factor, error_ratio, start, model, warm, bounds, counts
 
 @dataclass(frozen=True)
 class Hour:
-    """What the hour before a step says: judged bounds, their margins, and the stake for the replicas' drift."""
+    """What the hour before a step says: judged bounds, their margins, and the stake for the replicas' drift.
+
+    minutes: the stable replicas' histograms, which the planner goes by.
+    """
 
     bounds: np.ndarray
     log_nulls: np.ndarray
     stake: float
+    minutes: list[StableHistogram]
 
 
 def hour_before(seed: int, rate: float, model: str) -> Hour:
@@ -137,14 +151,16 @@ def hour_before(seed: int, rate: float, model: str) -> Hour:
     simulate(seed, rate, 1.0, 0.0, 0, MODELS[model], 0, BOUNDS, counts, np.zeros((HOUR, 2), np.int64))
     stable = counts[:, 1:]
     minutes = stable.sum(axis=1).reshape(60, 12, -1).sum(axis=1)
-    edges = judged_edges(
-        [StableHistogram([*BOUNDS, math.inf], [*(row[0] - row[1:]).astype(float), float(row[0])]) for row in minutes]
-    )
+    histograms = [
+        StableHistogram([*BOUNDS, math.inf], [*(row[0] - row[1:]).astype(float), float(row[0])]) for row in minutes
+    ]
+    edges = judged_edges(histograms)
     columns = [1 + int(np.flatnonzero(edge.bound_seconds == BOUNDS)[0]) for edge in edges]
     replicas = {str(r): (stable[:, r, 0], stable[:, r][:, columns]) for r in range(STABLE)}
     nulls = [edge.null_odds for edge in edges]
     found = calibrate([], nulls, alpha=0.01, drift=drifts(replicas, nulls))
-    return Hour(np.array([edge.bound_seconds for edge in edges]), np.log(np.array(nulls)), found.stake)
+    bounds = np.array([edge.bound_seconds for edge in edges])
+    return Hour(bounds, np.log(np.array(nulls)), found.stake, histograms)
 
 
 def judged(hour: Hour, seed: int, rate: float, model: str, factor: float, error_ratio: float, start: int) -> list[int]:
@@ -185,6 +201,34 @@ def delays(crossings: list[int], start: int) -> tuple[float, float, str]:
     return median, p90, f"{share:6.1%}  {median:6.0f}  {p90:6.0f}" + (f"  {early} before it" if start else "")
 
 
+def planned_seconds(hours: list[Hour], rate: float, factor: float, seed: int) -> float | None:
+    """Median over a few hours of what the planner expects; None where it finds nothing in its longest step.
+
+    The planner shares alpha by the signals of a step, latency and errors; doubled, each has the 1 % of this script.
+    """
+    plan = RolloutPlan(detect_ratio=factor - 1, alpha=0.02)
+    found = [
+        detection_seconds(
+            plan,
+            Traffic(rate * (STABLE + 1), STABLE, {"ttft": hour.minutes}),
+            rate,
+            rate * STABLE,
+            stake=hour.stake,
+            seed=seed + index,
+        )
+        for index, hour in enumerate(hours[:PLANNED_HOURS])
+    ]
+    known = sorted(seconds for seconds in found if seconds is not None)
+    return known[len(known) // 2] if len(known) == len(found) else None
+
+
+def beside(planned: float | None, median: float, p90: float) -> str:
+    """The planner's time, and measured median and 90th percentile as multiples of it."""
+    if planned is None:
+        return "  planned: none"
+    return f"  planned {planned:5.0f}, ratios {median / planned:.2f} {p90 / planned:.2f}"
+
+
 def told(median: float, p90: float, required: tuple[float, float] | None, factor: float = 1.0) -> str:
     if required is None:
         return ""
@@ -210,6 +254,8 @@ def false_rollbacks(model: str, rate: float, seed: int, runs: int) -> None:
 def regressions(model: str, rate: float, seed: int, runs: int) -> None:
     hours = [hour_before(seed + i, rate, model) for i in range(runs)]
     for factor in (1.05, 1.25, 1.5, 2.0):
+        # What lies within the margin is never planned for.
+        planned = planned_seconds(hours, rate, factor, seed) if factor - 1 > RolloutPlan().margin_ratio else None
         for start in (0, 180):
             crossings = [
                 judged(hour, seed + 10**6 + i, rate, model, factor, 0.0, start)[0] for i, hour in enumerate(hours)
@@ -218,10 +264,15 @@ def regressions(model: str, rate: float, seed: int, runs: int) -> None:
             when = "from the start" if not start else "after 15 min  "
             required = REQUIRED.get((rate, factor)) if model == "real" else None
             verdict = told(median, p90, required, LATE_FACTOR if start else 1.0)
+            line += "" if start else beside(planned, median, p90)
             print(f"{model:7} {rate:4g} req/s  +{factor - 1:4.0%} {when}  {line}{verdict}", flush=True)
     for ratio in (0.05, 0.2):
         crossings = [judged(hour, seed + 10**6 + i, rate, model, 1.0, ratio, 0)[2] for i, hour in enumerate(hours)]
-        median, _, line = delays(crossings, 0)
+        median, p90, line = delays(crossings, 0)
+        if ratio == PLANNED_ERROR_RATIO:
+            blind = Traffic(rate * (STABLE + 1), STABLE, {})
+            planned = detection_seconds(RolloutPlan(), blind, rate, rate * STABLE, stake=1.0, seed=seed)
+            line += beside(planned, median, p90)
         limit = ERRORS_REQUIRED.get((rate, ratio))
         verdict = "" if limit is None else f"  required {limit}: {'met' if median <= limit else 'NOT MET'}"
         print(f"{model:7} {rate:4g} req/s  errors {ratio:3.0%}            {line}{verdict}", flush=True)
