@@ -187,14 +187,20 @@ def _effect_periods(source: SignalSource) -> str:
     table = "fct_latency_5m" if source.metric else "fct_replica_load_5m"
     metric = f" and s.metric = '{source.metric}'" if source.metric else ""
     return f"""
+        with load as (
+            select
+                *, requests_running_mean + requests_waiting_mean as in_flight,
+                {_ARRIVALS.format(requests="requests_finished", seconds="observed_seconds", at="period_at")}
+            from fct_replica_load_5m
+            where list_contains($targets, target) and period_at >= $start and period_at < $end
+        )
         select
             l.target, l.period_at, list_contains($changed, l.target) as is_changed, ({over})::double as value,
-            l.requests_per_second, l.prompt_tokens / nullif(l.requests_finished, 0) as prompt_tokens_per_request,
+            l.arrivals_per_second, l.prompt_tokens / nullif(l.requests_finished, 0) as prompt_tokens_per_request,
             l.generation_tokens / nullif(l.requests_finished, 0) as generation_tokens_per_request
-        from fct_replica_load_5m l
+        from load l
         inner join {table} s on s.target = l.target and s.period_at = l.period_at{metric}
-        where list_contains($targets, l.target) and l.period_at >= $start and l.period_at < $end
-            and (l.restart_count = 0 or l.restart_count is null)
+        where (l.restart_count = 0 or l.restart_count is null)
             and not coalesce(l.requests_running_max = 0 and coalesce(l.generation_tokens, 0) = 0, false)
         """
 
@@ -212,18 +218,22 @@ def _effect_minutes(source: SignalSource) -> str:
             where list_contains($targets, target) and minute_at >= $start and minute_at < $end{metric}
             group by all
         ),
-        load as (
+        summed as (
             select
-                target, minute_at, sum(restart_count) as restart_count, max(observed_seconds) as seconds,
+                target, minute_at, sum(requests_running_mean) + sum(requests_waiting_mean) as in_flight,
+                sum(restart_count) as restart_count, max(observed_seconds) as seconds,
                 max(requests_running_max) as running, sum(requests_finished) as requests,
                 sum(prompt_tokens) as prompts, sum(generation_tokens) as outputs
             from int_engine_minutes
             where list_contains($targets, target) and minute_at >= $start and minute_at < $end
             group by target, minute_at
+        ),
+        load as (
+            select *, {_ARRIVALS.format(requests="requests", seconds="seconds", at="minute_at")} from summed
         )
         select
             target, minute_at as period_at, list_contains($changed, target) as is_changed, value,
-            (requests / nullif(seconds, 0))::double as requests_per_second,
+            arrivals_per_second,
             (prompts / nullif(requests, 0))::double as prompt_tokens_per_request,
             (outputs / nullif(requests, 0))::double as generation_tokens_per_request
         from load inner join wanted using (target, minute_at)
@@ -251,12 +261,18 @@ def read_changed_targets(
     return changed, [target for target in targets if target not in touched]
 
 
+# Requests that came in a period: those finished, and by how many more are in flight than in the one before.
+_ARRIVALS = """
+    ((
+        {requests} + coalesce(in_flight - lag(in_flight) over (partition by target order by {at}), 0)
+    ) / nullif({seconds}, 0))::double as arrivals_per_second
+"""
 _EFFECT_SCHEMA: dict[str, type[pl.DataType] | pl.DataType] = {
     "target": pl.String,
     "period_at": pl.Datetime("us", "UTC"),
     "is_changed": pl.Boolean,
     "value": pl.Float64,
-    "requests_per_second": pl.Float64,
+    "arrivals_per_second": pl.Float64,
     "prompt_tokens_per_request": pl.Float64,
     "generation_tokens_per_request": pl.Float64,
 }

@@ -8,9 +8,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import dagster as dg
+import duckdb
 import polars as pl
 import pytest
 
+from optiinfra_pipelines.analysis.ledger.effect import EARLY, SETTLED, Scale
 from optiinfra_pipelines.defs.recommendations import recommendation_assets
 from optiinfra_pipelines.domain.fleet import Deployment, ModelShape
 from optiinfra_pipelines.domain.models import known_model, shape_of
@@ -21,7 +23,7 @@ from resources.advice.advisor import token_bytes
 from resources.advice.store import AdviceStore
 from resources.findings.waste import WasteStore
 from resources.ledger.store import LedgerStore
-from resources.ledger.windows import Reuse, read_reuse
+from resources.ledger.windows import Reuse, read_effect_rows, read_reuse
 from resources.model_runner import ModelRunner
 from resources.warehouse import Warehouse
 from tests.advice.ledger_cases import END, FLEET, READ, START, Clock, record
@@ -284,3 +286,33 @@ def test_a_shape_in_fleet_yaml_comes_before_a_published_one() -> None:
     assert shape_of(None) is None
     assert token_bytes(Deployment(name="a", model="my-model", shape=own)) == 4096.0
     assert token_bytes(Deployment(name="a", model="my-model")) is None
+
+
+@pytest.mark.parametrize("scale", [SETTLED, EARLY], ids=["five minutes", "minutes"])
+def test_load_is_what_came_and_not_what_an_overloaded_replica_managed(scale: Scale) -> None:
+    """6.5 requests come a second; 5 are finished until the change, while the queue grows, and all of them after it."""
+    seconds = scale.period.total_seconds()
+    table, at = ("fct_replica_load_5m", "period_at") if scale is SETTLED else ("int_engine_minutes", "minute_at")
+    rows = [
+        {
+            at: START + n * scale.period,
+            "target": "r0",
+            "requests_running_mean": 16.0,
+            "requests_running_max": 16.0,
+            "requests_waiting_mean": 1.5 * seconds * min(n, 9),
+            "requests_finished": (5.0 if n < 10 else 6.5) * seconds,
+            "prompt_tokens": 1.0,
+            "generation_tokens": 1.0,
+            "observed_seconds": seconds,
+            "restart_count": 0,
+        }
+        for n in range(20)
+    ]
+    with duckdb.connect() as connection:
+        connection.register("given", pl.DataFrame(rows).to_arrow())
+        connection.execute(f"create table {table} as select * from given")
+        window = (START, START + 20 * scale.period)
+        made = read_effect_rows(connection, "requests_waiting_mean", ["r0"], ["r0"], window, scale)
+
+    came = made.sort("period_at")["arrivals_per_second"].to_list()
+    assert came[1:] == [pytest.approx(6.5)] * 19

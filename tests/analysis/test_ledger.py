@@ -313,7 +313,7 @@ def series(
                     "period_at": at,
                     "is_changed": n < 2,
                     "value": value,
-                    "requests_per_second": mine,
+                    "arrivals_per_second": mine,
                     "prompt_tokens_per_request": 400.0,
                     "generation_tokens_per_request": 100.0,
                 }
@@ -341,7 +341,7 @@ def test_without_unchanged_replicas_the_grade_is_weaker_and_says_so() -> None:
     alone = measured(series(-16.0, controls=0, periods=36, noise=0.5))
     assert alone.grade is Grade.BEFORE_AFTER
     assert "weaker" in alone.grade
-    assert "requests_per_second" in alone.adjusted_for
+    assert "arrivals_per_second" in alone.adjusted_for
     assert alone.change_low < -16 < alone.change_high
 
 
@@ -367,7 +367,7 @@ def minutes_of(effect: float, *, load_jump: float = 0.0, seed: int = 0) -> pl.Da
             at = START + timedelta(minutes=i)
             mix = {"prompt_tokens_per_request": None, "generation_tokens_per_request": 100.0}
             rows.append(
-                {"target": target, "period_at": at, "is_changed": True, "value": value, "requests_per_second": load}
+                {"target": target, "period_at": at, "is_changed": True, "value": value, "arrivals_per_second": load}
                 | mix
             )
     return pl.DataFrame(rows)
@@ -395,7 +395,7 @@ def test_an_early_look_at_another_load_tells_nothing() -> None:
     outcome = early(minutes_of(-25.0, load_jump=2.0))
 
     assert isinstance(outcome, str)
-    assert re.search(r"requests_per_second changed by \+(3|4)\d% meanwhile", outcome)
+    assert re.search(r"arrivals_per_second changed by \+(3|4)\d% meanwhile", outcome)
 
 
 def test_an_early_look_does_not_decide() -> None:

@@ -41,8 +41,10 @@ ALIKE_RATIO = 0.15
 # When a measurement is tried, counted from the change: an hour and the warm-up, a shift, a day, a week. The first that
 # is clear counts; what a week leaves unclear cannot be verified.
 DUE = tuple(SETTLED.warm_up + timedelta(hours=hours) for hours in (1, 6, 24, 168))
-# Load and mix that the effect is adjusted for: requests a second and replica, tokens in and out of a request.
-COVARIATES = ("requests_per_second", "prompt_tokens_per_request", "generation_tokens_per_request")
+# Load and mix that the effect is adjusted for: requests that came a second and replica, tokens in and out of a request.
+# Those that came and not those that were finished: an overloaded replica that is helped finishes more, and adjusting
+# for that would take the effect away from itself.
+COVARIATES = ("arrivals_per_second", "prompt_tokens_per_request", "generation_tokens_per_request")
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def measure_effect(
     before, after = series.filter(~pl.col("is_after")).height, series.filter("is_after").height
     if min(before, after) < scale.min_periods:
         return f"{before} periods before and {after} after the change; {scale.min_periods} are needed on both sides"
-    moved = _moved(series) if scale is EARLY else None
+    moved = _moved(series, changed) if scale is EARLY else None
     if moved is not None:
         return moved
     usable = [
@@ -128,12 +130,16 @@ def measure_effect(
     )
 
 
-def _moved(series: pl.DataFrame) -> str | None:
-    """Load or mix that is not the same on both sides, in words: a few minutes are too few to adjust for it."""
+def _moved(series: pl.DataFrame, changed: pl.DataFrame) -> str | None:
+    """Load or mix that is not the same on both sides, in words: a few minutes are too few to adjust for it.
+
+    Against unchanged replicas the series is of differences: how far they move is told in parts of the level itself.
+    """
     for name in COVARIATES:
         before, after = (series.filter(pl.col("is_after") == side)[name].mean() for side in (False, True))
-        if isinstance(before, float) and isinstance(after, float) and before:
-            change = after / before - 1
+        level = changed.filter(~pl.col("is_after"))[name].mean()
+        if isinstance(before, float) and isinstance(after, float) and isinstance(level, float) and level:
+            change = (after - before) / level
             if abs(change) > ALIKE_RATIO:
                 return f"{name} changed by {change:+.0%} meanwhile: the effect cannot be told apart from that so early"
     return None
