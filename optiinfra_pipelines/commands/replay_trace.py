@@ -98,13 +98,15 @@ def write_pictures(advice: TraceAdvice, home: Path) -> list[Path]:
 def show(advice: Mapping[str, pl.DataFrame]) -> None:
     """Forecast skill, back-test and reuse as tables; where there is nothing, why."""
     forecasts = advice["load_forecast"]
+    shown = ("measure", "horizon_seconds", "p10", "p50", "p90", "model", "skill_ratio", "coverage_ratio", "reason")
     print_table(
-        forecasts.select(
-            "measure", "horizon_seconds", "p10", "p50", "p90", "model", "skill_ratio", "coverage_ratio", "reason"
-        ),
+        forecasts.drop_nulls("p50").select(shown),
         title="Forecast: skill over the last value, share of outcomes under P90",
-        empty="no whole step of load",
+        empty="no whole step of load" if forecasts.is_empty() else "none can be made",
     )
+    declined = forecasts.filter(pl.col("p50").is_null()).select("horizon_seconds", "reason").unique(maintain_order=True)
+    for seconds, reason in declined.iter_rows():
+        console.print(f"{seconds / 60:.0f} min ahead: {reason}")
     replays = advice["scaling_backtest"]
     print_table(
         replays.sort("replica_hours", nulls_last=True).select(
