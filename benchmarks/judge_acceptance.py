@@ -15,9 +15,9 @@ Edges, margins and the stake come from the stable replicas' last simulated hour,
 stakes follow the stable replicas' counts. Beside it, in brackets: the default stake without history and without counts
 by replica, which is the worst that can be asked of the judge.
 
-"planned": the time that the rollout planner makes a step last for this regression at these rates, of the same hour and
-stake. It is meant as the time by which nine of ten are found, computed without replica noise, drift and bursts; the
-ratios of the measured median and 90th percentile to it say how far that goes.
+"planned": the rollout planner's expected detection time for this regression at these rates, of the same hour and stake:
+that by which nine of ten are found, computed without replica noise, drift and bursts. The ratios of the measured median
+and 90th percentile to it say how far that goes; a step lasts the planner's NOISE_FACTOR times it at least.
 """
 
 from __future__ import annotations

@@ -103,11 +103,11 @@ class WarmUp:
     def _why_not(self) -> str | None:
         """What of the arms moves still; None when nothing does."""
         for name, ticks in (("candidate", self._canary), ("baseline", self._baseline)):
-            if not sum(tick.queries for tick in ticks):
-                # An arm without a cache, or one that all traffic has left, holds nothing up.
-                continue
             before, last = _lately(ticks)
             if before is None or last is None:
+                if name == "baseline":
+                    # Without a cache, or all traffic has left it: it holds nothing up.
+                    continue
                 return f"the {name} has too few lookups"
             if abs(last - before) > SETTLED_RATIO:
                 return f"the {name}'s hit rate went from {before:.2f} to {last:.2f}"

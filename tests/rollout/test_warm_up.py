@@ -107,7 +107,8 @@ def test_without_counts_it_is_time_alone(canary: list[CacheTick | None], says: s
 
 def test_a_baseline_without_counts_or_traffic_holds_nothing_up() -> None:
     """All traffic at the candidate, or another engine version beside it."""
-    for baseline in ([None] * 130, rates(*[0.0] * 130, queries=0)):
+    left = [*rates(0.4, 0.4), *rates(*[0.0] * 128, queries=0)]
+    for baseline in ([None] * 130, rates(*[0.0] * 130, queries=0), left):
         found = end(rates(*[0.5] * 130), baseline)
 
         assert found == WarmUpEnd(LEAST, WarmUpRule.HIT_RATE, "the hit rate has settled, 0.50 at the candidate")

@@ -1,15 +1,17 @@
 """A small HTTP server with an engine's API and metrics names, for rollouts under real traffic. It is no engine.
 
     python tests/rollouts/fake_engine.py --port 9001 [--max-num-seqs 64] [--latency-ms 20] [--error-ratio 0.0]
-        [--slow-every 0]
+        [--slow-every 0] [--hit-ratio 0.4]
 
 Latencies are lognormal around --latency-ms; every --slow-every-th request takes 0.2 s more.
-/metrics has vLLM's names. SIGTERM finishes what is in flight.
+With --hit-ratio its prefix cache fills over the first hundred requests. /metrics has vLLM's names. SIGTERM finishes
+what is in flight.
 """
 
 import argparse
 import itertools
 import json
+import math
 import random
 import signal
 import threading
@@ -29,8 +31,9 @@ def main() -> None:
     arguments.add_argument("--latency-ms", type=float, default=20.0)
     arguments.add_argument("--error-ratio", type=float, default=0.0)
     arguments.add_argument("--slow-every", type=int, default=0)
+    arguments.add_argument("--hit-ratio", type=float)
     given = arguments.parse_args()
-    asked = itertools.count(1)
+    asked, served = itertools.count(1), itertools.count(1)
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     labels = {"model_name": "tiny", "engine": "0"}
@@ -44,6 +47,11 @@ def main() -> None:
     first = Histogram(
         "vllm:time_to_first_token_seconds", "First token.", list(labels), registry=registry, buckets=BUCKETS
     ).labels(**labels)
+    cache = [
+        Counter(f"vllm:prefix_cache_{what}", what, list(labels), registry=registry).labels(**labels)
+        for what in ("queries", "hits")
+        if given.hit_ratio is not None
+    ]
     rng = random.Random(given.port)
 
     class Handler(BaseHTTPRequestHandler):
@@ -64,6 +72,9 @@ def main() -> None:
                 return
             first.observe(seconds)
             tokens.inc(8)
+            if cache:
+                cache[0].inc(100)
+                cache[1].inc(round(100 * given.hit_ratio * (1 - math.exp(-next(served) / 30))))
             answer = {"object": "text_completion", "choices": [{"index": 0, "text": f"yes from {given.port}"}]}
             finished.inc()
             self.answer(200, json.dumps(answer).encode())

@@ -79,7 +79,7 @@ class Gateway:
             state_file=str(folder / "haproxy.state"),
             stable=tuple(self.servers[:stable]),
             candidates=tuple(self.servers[stable:]),
-            launch=(sys.executable, str(FAKE_ENGINE), "--port", "{port}", "{flags}"),
+            launch=(sys.executable, str(FAKE_ENGINE), "--port", "{port}", "--hit-ratio", "0.4", "{flags}"),
             drain_seconds=10.0,
         )
         lines = [

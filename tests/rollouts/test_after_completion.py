@@ -78,7 +78,7 @@ class Served:
         process = process_at(self.stable())
         assert process is not None
         line = process.cmdline()
-        given = line[line.index("--port") + 2 :]
+        given = line[line.index("--hit-ratio") + 2 :]
         return dict(zip(given[::2], given[1::2], strict=True))
 
     def kill(self) -> None:

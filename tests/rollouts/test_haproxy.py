@@ -225,6 +225,8 @@ def test_a_good_change_completes_under_traffic_and_loses_nothing(gateway: Gatewa
 
     row = made.store.get("chat-1")
     assert row.position.state is RolloutState.COMPLETED, story(made)
+    verdicts = [event.reason for event in made.store.events("chat-1") if event.kind == "verdict"]
+    assert all("the hit rate has settled, 0." in reason for reason in verdicts[:-1]), "\n".join(verdicts)
     assert row.is_settled
     assert clients.lost == 0
 
