@@ -38,6 +38,20 @@ where h.metric = ? and list_contains(?, h.target) and h.scraped_at > ? and h.scr
 order by h.target, h.engine_rank, h.scraped_at
 """
 
+# Of neighboring scrapes of one process, as far as neither counter fell; nothing where a page counts no lookups.
+_LOOKUPS = """
+select sum(queries) as queries, sum(hits) as hits
+from (
+    select
+        prefix_cache_queries_total - lag(prefix_cache_queries_total) over process as queries,
+        prefix_cache_hits_total - lag(prefix_cache_hits_total) over process as hits
+    from raw_engine_samples
+    where list_contains(?, target) and scraped_at > ? and scraped_at <= ?
+    window process as (partition by target, engine_rank, process_started_at order by scraped_at)
+)
+where hits between 0 and queries
+"""
+
 
 @dataclass(frozen=True)
 class _Increments:
@@ -78,14 +92,25 @@ class StableHistory:
         return calibrate(replays, null_odds, alpha=alpha, drift=drifts(replicas, null_odds) if replays else ())
 
     def load_mix(self, now: datetime) -> LoadMix:
-        """Lengths and rate of one replica in the last hour, for a staging test; what is not stored stays unknown."""
+        """Lengths, rate and cache hits of one replica in the last hour, for a staging test; what is not stored stays
+        unknown, and prompts that share nothing.
+        """
         prompts, answers = (self.minutes(signal, now) for signal in ("prompt_tokens", "generation_tokens"))
         seconds = 60.0 * len(prompts) * len(self._targets)
         return LoadMix(
             merge(prompts) if prompts else None,
             merge(answers) if answers else None,
             sum(one.total for one in prompts) / seconds if prompts else None,
+            self._hit_ratio(now),
         )
+
+    def _hit_ratio(self, now: datetime) -> float:
+        """Share of prompt tokens that lay in the prefix cache; 0 where none is counted."""
+        found = self._read(_LOOKUPS, [self._targets, now - REFERENCE, now])
+        if found is None or found.is_empty():
+            return 0.0
+        queries, hits = found.row(0)
+        return float(hits / queries) if queries else 0.0
 
     def _ticks(
         self, found: Sequence[_Increments], bounds: Sequence[float], now: datetime

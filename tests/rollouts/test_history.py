@@ -87,3 +87,22 @@ def test_hours_without_data_are_no_harmless_windows(warehouse: Warehouse) -> Non
     assert found.windows == 6 * 8  # the twenty hours before are not harmless, they are not there
     assert found.stake < 0.5  # few windows, but minutes enough to see how far these replicas drift
     assert "48 of 50 windows: stake 0.1 for their drift" in found.reason
+
+
+def test_the_load_of_a_staging_test_shares_what_production_shares(warehouse: Warehouse) -> None:
+    """Seven tenths of the looked-up tokens were found; a restart counts from its first look, another target nothing."""
+    history = StableHistory(lambda sql, given: warehouse.read(sql, given), ["a"], 5.0)
+    assert history.load_mix(NOW).shared_prefix_ratio == 0.0
+    rows: list[dict[str, object]] = []
+    for look in range(60):
+        at = NOW - timedelta(seconds=5 * (59 - look))
+        counted = 1000.0 * (look % 30)
+        common = {"scraped_at": at, "engine_rank": "0", "engine": "vllm", "vantage": "engine"}
+        rows += [
+            common | {"target": "a", "prefix_cache_queries_total": counted, "prefix_cache_hits_total": 0.7 * counted},
+            common | {"target": "b", "prefix_cache_queries_total": counted, "prefix_cache_hits_total": counted},
+        ]
+    warehouse.append("samples", {"raw_engine_samples": raw_tables()["raw_engine_samples"].frame(rows)})
+
+    assert history.load_mix(NOW).shared_prefix_ratio == pytest.approx(0.7)
+    assert history.load_mix(NOW + timedelta(hours=2)).shared_prefix_ratio == 0.0
