@@ -1,4 +1,4 @@
-"""Which targets of fleet.yaml are idle slots: places for candidates in which no rollout has anything run now.
+"""Which targets of fleet.yaml are idle slots: places for candidates in which nothing runs, or is only being started.
 
 Asked at every tick of the scraping sensor, so it reads a small file per deployment and nothing else. Which servers are
 candidates is `targets.haproxy_roles`; targets that find their replicas by themselves have no slots.
@@ -26,10 +26,10 @@ class IdleSlots:
         ]
 
     def __call__(self) -> frozenset[str]:
-        """Names of targets at which nothing should run now. OSError or ValueError for a state that cannot be read."""
+        """Names of targets that need not answer now. OSError or ValueError for a state that cannot be read."""
         found = set()
         for settings, state in self._backends:
             roles = roles_of(settings, state.read())
-            idle = (one for one in roles.candidates if one not in roles.started)
+            idle = (one for one in roles.candidates if one not in roles.started or not roles.are_exposed)
             found |= {self._named[one.metrics] for one in idle if one.metrics in self._named}
         return frozenset(found)

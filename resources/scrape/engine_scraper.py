@@ -34,7 +34,7 @@ _log = structlog.get_logger(__name__)
 class EngineScraper:
     """Reads the engines of one fleet, tick after tick. One caller at a time; closing `endpoints` is the caller's.
 
-    idle_slots: names of targets at which nothing should run now; one that does not answer is no failure.
+    idle_slots: names of targets that need not answer now; one that does not is no failure.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ def _as_idle(result: ScrapeResult) -> ScrapeResult:
     """An idle slot that answers is what it says; one that does not is as it should be."""
     if result.text is not None:
         return result
-    return result.refused("idle_slot", "a place for candidates of rollouts; nothing should run here now")
+    return result.refused("idle_slot", "a place for candidates of rollouts: nothing runs here, or it is being started")
 
 
 def _cause(result: ScrapeResult) -> str | None:

@@ -122,6 +122,7 @@ def test_a_stable_server_that_is_down_is_no_idle_slot(fleet: Watched) -> None:
 
 def test_a_candidate_that_should_run_and_is_gone_is_down_until_it_is_taken_back(fleet: Watched) -> None:
     started(fleet, "r-1", 1)
+    fleet.target.set_share(25.0, 1)
     assert fleet.look(2)["t-c0"] is None
     process = process_at(fleet.gateway.settings.candidates[0])
     assert process is not None
@@ -137,6 +138,24 @@ def test_a_candidate_that_should_run_and_is_gone_is_down_until_it_is_taken_back(
     assert fleet.findings("t-c0") == []
 
 
+def test_a_candidate_that_is_being_started_is_no_outage(fleet: Watched) -> None:
+    """Before its first share it may take minutes, or fail: its rollout waits for it and says so. A second rollout is
+    judged by its own share, not by the one before."""
+    started(fleet, "r-1", 1)
+    fleet.target.set_share(25.0, 1)
+    fleet.target.set_share(0.0, 1)
+    fleet.target.stop_candidates(1)
+    fleet.target.claim("r-2", 2)
+    started(fleet, "r-2", 2)
+    process = process_at(fleet.gateway.settings.candidates[0])
+    assert process is not None
+    process.kill()
+    process.wait(5)
+
+    assert fleet.look(4)["t-c0"] == "idle_slot"
+    assert fleet.alerts == {}
+
+
 def test_after_a_completed_rollout_the_old_servers_are_the_idle_slots(fleet: Watched) -> None:
     started(fleet, "r-1", 1)
     fleet.target.set_share(100.0, 1)
@@ -148,6 +167,8 @@ def test_after_a_completed_rollout_the_old_servers_are_the_idle_slots(fleet: Wat
     assert fleet.alerts == {}
     fleet.target.claim("r-2", 2)
     fleet.target.start_candidates(1, {}, 2)
+    assert fleet.slots() == {"t-s0", "t-s1"}
+    fleet.target.set_share(25.0, 2)
     assert fleet.slots() == {"t-s1"}
 
 

@@ -158,6 +158,8 @@ class HaproxyTarget:
         with self._state.held(token) as state:
             original = {name: int(weight) for name, weight in state.get("stable_weights", {}).items()}
             wanted = self._weights(percent, original)
+            if percent > 0:
+                state["exposed"] = state.get("rollout_id")
             present = self._socket.servers(self._settings.backend)
             # Up before down: at no moment is every weight 0, and a share falls or rises without overshooting.
             changes = sorted(wanted.items(), key=lambda item: item[1] < present[item[0]].weight)

@@ -15,11 +15,16 @@ from optiinfra_pipelines.domain.rollout_policy import HaproxyServer, HaproxySett
 
 @dataclass(frozen=True)
 class Roles:
-    """started: the candidates that should run now, none once their rollout has been completed or taken back."""
+    """started: the candidates that should run now, none once their rollout has been completed or taken back.
+
+    are_exposed: whether they have had a share of traffic. Until then one that does not answer is being started, which
+    takes minutes for a real engine and is the rollout's own business.
+    """
 
     stable: tuple[HaproxyServer, ...]
     candidates: tuple[HaproxyServer, ...]
     started: tuple[HaproxyServer, ...]
+    are_exposed: bool
 
 
 def roles_of(settings: HaproxySettings, state: Mapping[str, Any]) -> Roles:
@@ -29,7 +34,7 @@ def roles_of(settings: HaproxySettings, state: Mapping[str, Any]) -> Roles:
     # After a completed rollout the count is that of its candidates, which are the stable ones now.
     is_over = "promoted" in state and state["promoted"] == state.get("rollout_id")
     count = 0 if is_over else int(state.get("started", 0))
-    return Roles(stable, candidates, candidates[:count])
+    return Roles(stable, candidates, candidates[:count], state.get("exposed") == state.get("rollout_id"))
 
 
 def state_path(folder: Path, settings: HaproxySettings) -> Path:
