@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -53,11 +56,16 @@ def json_lines(events: list[Any]) -> bytes:
     )
 
 
+def packed(value: list[Any]) -> bytes:
+    pack: Any = msgpack.packb  # it ships no types
+    return bytes(pack(value))
+
+
 def messages(events: list[Any]) -> bytes:
     """What the socket gave, one message after the other."""
-    pack: Any = msgpack.packb
     return b"".join(
-        pack([b"kv", place.to_bytes(8, "big"), pack([1e9 + place, [event], 0])]) for place, event in enumerate(events)
+        packed([b"kv", place.to_bytes(8, "big"), packed([1e9 + place, [event], 0])])
+        for place, event in enumerate(events)
     )
 
 
@@ -188,3 +196,21 @@ def test_the_recorded_engine_comes_in_whole(tmp_path: Path, capsys: pytest.Captu
     assert "began late" in row["reason"]
     show(advice)
     assert "35 of 1098 stores were of blocks removed before" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_recipe_of_the_docs_records_what_a_socket_publishes(tmp_path: Path) -> None:
+    """The page's own lines, against a real publisher: every message comes back, each as it was sent."""
+    zmq: Any = pytest.importorskip("zmq", reason="pyzmq is in the group `live`")
+    text = (Path(__file__).parents[2] / "docs/kv-events.md").read_text()
+    [recipe] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    with zmq.Context() as context, context.socket(zmq.XPUB) as publisher:
+        publisher.setsockopt(zmq.LINGER, 10_000)
+        publisher.setsockopt(zmq.RCVTIMEO, 60_000)
+        port = publisher.bind_to_random_port("tcp://127.0.0.1")
+        code = recipe.replace(":5557", f":{port}").replace("while True:", f"for _ in range({len(EVENTS)}):")
+        recorder = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+        publisher.recv()  # the recorder has subscribed
+        for sequence, event in enumerate(EVENTS):
+            publisher.send_multipart([b"kv", sequence.to_bytes(8, "big"), packed([1e9 + sequence, [event], 0])])
+        assert recorder.wait(60) == 0
+    assert (tmp_path / "kv.msgpack").read_bytes() == RECORDINGS["maps as msgpack"]
