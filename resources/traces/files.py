@@ -15,7 +15,7 @@ from typing import IO, Literal, TypeVar
 
 import polars as pl
 
-from optiinfra_pipelines.analysis.trace_order import COARSE_CLOCKS, Succession
+from optiinfra_pipelines.analysis.trace_order import COARSE_CLOCKS, SLACK_MS, Succession
 from optiinfra_pipelines.analysis.traces import (
     CLIENT_LOAD_SCHEMA,
     TraceError,
@@ -61,7 +61,7 @@ _Read = TypeVar("_Read")
 
 def succession(form: TraceFormat, *, keep_duplicates: bool = False) -> Succession:
     """What to check a trace of this format with."""
-    return Succession(keeps_repeats=keep_duplicates or form in COARSE_CLOCKS)
+    return Succession(keeps_repeats=keep_duplicates or form in COARSE_CLOCKS, slack_ms=SLACK_MS.get(form, 0))
 
 
 def read_requests(
@@ -100,8 +100,7 @@ def _file(path: Path, form: TraceFormat, progress: Progress, order: Succession |
         try:
             if form in _JSON_READERS:
                 frame = numbered(_JSON_READERS[form], piece, first_line - 1, path)
-                _require_order(order, frame, piece, first_line, path)
-                yield frame
+                yield _in_order(order, frame, piece, first_line, path)
                 continue
             rows, at = piece, first_line
             if not header:
@@ -119,8 +118,7 @@ def _file(path: Path, form: TraceFormat, progress: Progress, order: Succession |
                 # The reader counts from its earliest row: with the file's first row before the piece, that is known.
                 frame = numbered(read_azure, header + anchor + rows, at - 3, path)
                 frame = frame[1:].with_columns(pl.col("timestamp_ms") - frame["timestamp_ms"][0])
-            _require_order(order, frame, rows, at, path)
-            yield frame
+            yield _in_order(order, frame, rows, at, path)
         except pl.exceptions.PolarsError as error:
             raise TraceError(f"{path} near line {first_line} is not a {form} trace: {error}") from error
 
@@ -136,15 +134,15 @@ def require_format(path: Path, form: TraceFormat, piece: bytes) -> None:
                 )
 
 
-def _require_order(order: Succession | None, frame: pl.DataFrame, piece: bytes, first_line: int, path: Path) -> None:
+def _in_order(order: Succession | None, frame: pl.DataFrame, piece: bytes, first_line: int, path: Path) -> pl.DataFrame:
     """A frame has one row for each line that is not blank; a last one that a writer had not ended is left out."""
     if order is None:
-        return
+        return frame
     lines = [(number, line) for number, line in enumerate(piece.splitlines(), first_line) if line.strip()]
     numbers, texts = [number for number, _ in lines], [line for _, line in lines]
     try:
-        order.check(frame["timestamp_ms"], texts[: frame.height], numbers)
         order.unfinished += len(texts) - frame.height
+        return frame.with_columns(order.check(frame["timestamp_ms"], texts[: frame.height], numbers))
     except TraceError as error:
         raise TraceError(f"{path}: {error}") from error
 

@@ -182,6 +182,16 @@ def test_one_text_for_two_models_is_two_chunks(tmp_path: Path) -> None:
     assert not {*one} & {*other}
 
 
+def test_lookups_of_one_moment_may_change_places_in_their_log(tmp_path: Path) -> None:
+    """A server's threads write within a second of each other: the order of the log stays, and time does not fall."""
+    at = 1_711_929_600.0
+    lines = [lookup(timestamp=at + late, seq_len=512 + place) for place, late in enumerate((0.5, 0.2, 0.6, 0.1, 2.0))]
+    (tmp_path / "l.jsonl").write_text("".join(lines))
+    [frame] = read_requests(tmp_path / "l.jsonl", "lmcache", lambda share: None, succession("lmcache"))
+    assert frame["input_tokens"].to_list() == [512, 513, 514, 515, 516]
+    assert (frame["timestamp_ms"] - round(at * 1000)).to_list() == [500, 500, 600, 600, 2000]
+
+
 rows = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=30)
 
 
