@@ -16,7 +16,7 @@ from typing import Any
 from optiinfra_pipelines.analysis.ledger.effect import EARLY, EARLY_DUE
 from optiinfra_pipelines.commands import sql
 from optiinfra_pipelines.defs.rollouts import ROLLOUT_TAG
-from optiinfra_pipelines.domain.rollouts import Rollout, RolloutState
+from optiinfra_pipelines.domain.rollouts import PauseReason, Rollout, RolloutState
 from optiinfra_pipelines.settings import Paths
 from resources.dagster_home.graphql import Launchpad
 from resources.demo.live.engines import LiveEngine
@@ -78,7 +78,8 @@ class Walk:
         self._say("traffic runs; waiting for the pipeline to see what is wrong")
         self._finding()
         advice = self._advice()
-        self._wait_until(BEFORE_SECONDS, "minutes of before, for the ledger to compare with")
+        if self._engine.shows_effect:
+            self._wait_until(BEFORE_SECONDS, "minutes of before, for the ledger to compare with")
         before = self._recent_median()
         good = self._roll_out("the good change", {"recommendation_id": advice.recommendation_id}, "more batch slots")
         if good.position.state is not RolloutState.COMPLETED:
@@ -151,7 +152,8 @@ class Walk:
             is_settled = row.position.state is not RolloutState.COMPLETED or row.is_settled
             if row.position.is_terminal and is_settled:
                 return row
-            if row.position.pause is not None:
+            # A lost executor is replaced by the product itself; every other pause is for a person.
+            if row.position.pause not in (None, PauseReason.EXECUTOR_LOST):
                 raise WalkError(f"{rollout_id} waits for a person: {row.position}")
             if time.monotonic() > until:
                 raise WalkError(f"{rollout_id} is {row.position} after {ROLLOUT_SECONDS:.0f} s")
@@ -172,6 +174,11 @@ class Walk:
             f"select state, applied_at {where} and applied_at is not null", ADVICE_SECONDS, "the ledger's 'applied'"
         )
         self._say(f"ledger: {advice.change_text}: {found['state']} at {found['applied_at']:%H:%M:%S} UTC")
+        if self._engine.shows_effect:
+            self._first_look(advice)
+        self._say("ledger: what decides is measured an hour later, from half an hour on either side of the change")
+
+    def _first_look(self, advice: Advice) -> None:
         early = self._wait_for(
             "select reason from recommendation_ledger where kind = 'measured_early' "
             f"and recommendation_id = '{advice.recommendation_id}'",
@@ -179,7 +186,6 @@ class Walk:
             "the ledger's first look at the effect",
         )
         self._say(f"ledger: {early['reason']}")
-        self._say("ledger: what decides is measured an hour later, from half an hour on either side of the change")
 
     # --- parts ---------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ _NEGLIGIBLE = 1e-17
 _USUAL_LOG_NULL = 0.27
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _log_normalizer(canary_total: int, baseline_total: int, over: int, log_odds: float) -> float:
     """log of the sum over j of C(n1, j) C(n2, k - j) odds^j: how many of the k requests over the edge are the canary's.
 
@@ -70,7 +70,7 @@ def _log_normalizer(canary_total: int, baseline_total: int, over: int, log_odds:
     return largest + math.log(total)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def log_increments(
     canary_over: int, canary_total: int, baseline_over: int, baseline_total: int, log_null: float, log_ratios: Floats
 ) -> Floats:
@@ -86,7 +86,7 @@ def log_increments(
     return increments
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def information(canary_total: int, baseline_total: int, over: int) -> float:
     """What a tick can tell of the log odds ratio: variance of the canary's share of `over`, were the arms equal."""
     total = float(canary_total + baseline_total)
@@ -95,7 +95,7 @@ def information(canary_total: int, baseline_total: int, over: int) -> float:
     return canary_total * float(baseline_total) * over * (total - over) / (total * total * (total - 1.0))
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def fill_stakes(rule: Floats, scale: float, log_null: float, log_ratios: Floats, informed: float, out: Floats) -> None:
     """Write the stake of each alternative in a tick to `out`: 0 to 1.
 
@@ -211,7 +211,7 @@ def combined_log_e(processes: Sequence[EdgeProcess], plain_share: float = 0.5) -
     return float(np.logaddexp.reduce(np.asarray(values))) - math.log(len(processes))
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def first_crossing(
     totals: Counts,
     overs: Counts,

@@ -116,7 +116,7 @@ def scale_of(shares: npt.ArrayLike) -> Floats:
     return scales
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _follow(totals: Counts, overs: Counts, usual: float, window: int, path: Floats) -> None:
     """`Drift.observe` over many ticks: path[tick + 1] is (weighted, weight, replica minutes) after each tick."""
     ticks, count = totals.shape

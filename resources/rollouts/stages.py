@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from optiinfra_pipelines.domain.rollouts import PauseReason, Rollout, Stage, Step
 from optiinfra_pipelines.domain.verdicts import VerdictKind
+from optiinfra_pipelines.rollout.calibration import Calibration
 from optiinfra_pipelines.rollout.counts import CountTracker, arm_tick
 from optiinfra_pipelines.rollout.gate import step_refusal
 from optiinfra_pipelines.rollout.guards import ArmTotals, Guards
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 READY_SECONDS = 1800.0
 # A look waits so long for what runs in the background.
 ANSWER_SECONDS = 0.5
+# The stakes and the steps made with them.
+Planned = tuple[Calibration, tuple[Step, ...] | PlanRefusal]
 # Only one seed: planning the same rollout twice must give the same steps.
 PLAN_SEED = 20_260_101
 
@@ -48,12 +51,14 @@ class StagingStage:
         self._executor = executor
         self._feed = feed
         self._background = Background(staging)
+        self._planner = ThreadPoolExecutor(max_workers=1)
         self.leave()
 
     def leave(self) -> None:
         """Forget what was tried: the next look begins the stage anew, with a test of its own."""
         self._began: float | None = None
         self._is_started = False
+        self._plan: Future[Planned] | None = None
         self._background.forget()
 
     def look(self, row: Rollout, now: Moment) -> Progress:
@@ -73,8 +78,10 @@ class StagingStage:
             if waited > READY_SECONDS:
                 return executor.fail(row, now, f"not ready after {waited:.0f} s: {why}")
             return executor.say(row, now, f"staging: {why}")
-        calibration = self._feed.calibration(row.proposal.plan, traffic, now)
-        steps = plan_steps(row.proposal.plan, traffic, stake=calibration.stake, seed=PLAN_SEED)
+        planned = self._planned(row, traffic, now)
+        if planned is None:
+            return executor.say(row, now, "staging: the steps are being planned")
+        calibration, steps = planned
         if isinstance(steps, PlanRefusal):
             return executor.fail(row, now, f"plan: {steps.reason}")
         report = self._background.tested()
@@ -100,6 +107,22 @@ class StagingStage:
             evidence=evidence,
         )
         return Progress(row.position, False, f"staging passed: {report.reason}")
+
+    def _planned(self, row: Rollout, traffic: Traffic, now: Moment) -> Planned | None:
+        """Stakes and steps, once, from the traffic seen when the candidate was ready; None while they are computed.
+
+        In a thread: a day of stable replicas is replayed and hundreds of steps are simulated, which may take longer
+        than the lease on a busy host.
+        """
+        if self._plan is None:
+            plan, feed = row.proposal.plan, self._feed
+
+            def work() -> Planned:
+                calibration = feed.calibration(plan, traffic, now)
+                return calibration, plan_steps(plan, traffic, stake=calibration.stake, seed=PLAN_SEED)
+
+            self._plan = self._planner.submit(work)
+        return self._plan.result() if _is_done(self._plan) else None
 
     def _preflight(self, row: Rollout) -> str | None:
         executor, plan = self._executor, row.proposal.plan

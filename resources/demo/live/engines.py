@@ -34,7 +34,8 @@ class LiveEngine:
 
     command: of one replica; {port}, {model} (a folder) and {replicas} (scratch) are filled in, its flags follow.
     metrics_url: the page of a replica by its port. plan: of the walk's rollouts. tight: flags that starve it.
-    load: what its clients send; None is measured at the start, as more than its slots carry.
+    load: what its clients send; None is measured at the start, as more than its slots carry. shows_effect: whether the
+    walk waits for the ledger's first look at it.
     """
 
     source: Source
@@ -51,6 +52,7 @@ class LiveEngine:
     metrics_url: Callable[[int], str] = field(default=lambda port: f"http://127.0.0.1:{metrics_port(port)}/metrics")
     ready_seconds: float = 90.0
     max_first_percent: float = 25.0
+    shows_effect: bool = True
 
     def launch(self, folder: Path) -> tuple[str, ...]:
         """Command of one replica with {port} left open; `{flags}` comes last and wins."""
@@ -147,6 +149,9 @@ def real_vllm(executable: Path) -> LiveEngine:
         metrics_url=lambda port: f"http://127.0.0.1:{port}/metrics",
         ready_seconds=600.0,
         max_first_percent=50.0,
+        # Few requests may be in flight, or they would wait for minutes: what comes rises with what is served, and no
+        # early look can tell the two apart.
+        shows_effect=False,
     )
 
 
