@@ -65,6 +65,8 @@ class Replica:
             self.served_bad_at = time.time()
         self._bad += 1
         handlers: dict[str, Callable[[Exchange], None]] = {
+            # What was being answered when the listener closed is cut off.
+            "connection refused": lambda one: setattr(one, "close", True),
             "no answer": silent,
             "HTTP 500": status(500),
             "not a metrics page": lambda one: one.send(answer(b"<html>Bad gateway</html>", "Content-Type: text/html")),
@@ -176,15 +178,15 @@ def run(replicas: list[Replica], seconds: float, rng: random.Random) -> dict[str
 
 def first_bad(command: list[str], environment: dict[str, str], broken_at: dict[str, float]) -> dict[str, float]:
     """Start of each target's first failed scrape after it was broken, from the product's own rows."""
-    query = "select target, epoch(scraped_at) as at from raw_scrapes where not is_up order by at"
+    query = "select target, epoch(scraped_at) as began from raw_scrapes where not is_up order by began"
     answered = subprocess.run([*command, "sql", "--csv", query], env=environment, capture_output=True, text=True)
     if answered.returncode:
         raise SystemExit(answered.stderr)
     found: dict[str, float] = {}
     for row in csv.DictReader(StringIO(answered.stdout)):
         # A scrape that had begun when the target broke is its first bad one.
-        if float(row["at"]) >= broken_at[row["target"]] - 5.0:
-            found.setdefault(row["target"], float(row["at"]))
+        if float(row["began"]) >= broken_at[row["target"]] - 5.0:
+            found.setdefault(row["target"], float(row["began"]))
     return found
 
 

@@ -77,9 +77,9 @@ class Walk:
         """All of it. WalkError when a wait is over or something else came out than should."""
         self._say("traffic runs; waiting for the pipeline to see what is wrong")
         self._finding()
-        advice = self._advice()
         if self._engine.shows_effect:
             self._wait_until(BEFORE_SECONDS, "minutes of before, for the ledger to compare with")
+        advice = self._advice()
         before = self._recent_median()
         good = self._roll_out("the good change", {"recommendation_id": advice.recommendation_id}, "more batch slots")
         if good.position.state is not RolloutState.COMPLETED:
