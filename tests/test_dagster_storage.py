@@ -8,6 +8,7 @@ import dagster as dg
 import pytest
 from dagster._core.definitions.run_request import InstigatorType
 from dagster._core.definitions.sensor_definition import SensorType
+from dagster._core.events import EngineEventData
 from dagster._core.remote_origin import InProcessCodeLocationOrigin, RemoteInstigatorOrigin, RemoteRepositoryOrigin
 from dagster._core.scheduler.instigation import (
     InstigatorState,
@@ -149,12 +150,48 @@ def test_an_event_is_stored_once_and_an_empty_output_not_at_all(instance: dg.Dag
 
     events = [log.dagster_event.event_type_value for log in instance.all_logs(run.run_id) if log.dagster_event]
     assert events.count("ASSET_MATERIALIZATION") == 1
-    assert "STEP_OUTPUT" not in events
+    assert not {"STEP_OUTPUT", "ENGINE_EVENT", "RESOURCE_INIT_STARTED", "RESOURCE_INIT_SUCCESS"} & set(events)
     assert {"STEP_START", "STEP_SUCCESS", "RUN_SUCCESS"} <= {event.replace("PIPELINE", "RUN") for event in events}
     newest = instance.get_latest_materialization_event(dg.AssetKey("made"))
     assert newest is not None
     assert newest.asset_materialization is not None
     assert newest.asset_materialization.metadata["rows"].value == 7
+
+
+def test_tags_are_stored_again_for_partitions_alone(instance: dg.DagsterInstance) -> None:
+    """What was read for an asset stays in its event; the table that finds partitions by tags holds partitions."""
+
+    @dg.asset
+    def upstream() -> None: ...
+
+    @dg.asset(deps=[upstream], partitions_def=dg.StaticPartitionsDefinition(["a"]))
+    def parted() -> None: ...
+
+    job = dg.Definitions([upstream, parted]).resolve_implicit_global_asset_job_def()
+    job.execute_in_process(instance=instance, asset_selection=[upstream.key])
+    job.execute_in_process(instance=instance, asset_selection=[parted.key], partition_key="a")
+
+    newest = instance.get_latest_materialization_event(upstream.key)
+    assert newest is not None
+    assert newest.asset_materialization is not None
+    assert newest.asset_materialization.tags is not None
+    assert "dagster/data_version" in newest.asset_materialization.tags
+    assert list(instance.get_event_tags_for_asset(upstream.key)) == []
+    [tags] = instance.get_event_tags_for_asset(parted.key)
+    assert "dagster/data_version" in tags
+
+
+def test_an_error_of_the_engine_is_kept(instance: dg.DagsterInstance) -> None:
+    """A run that could not be started says so."""
+    error = SerializableErrorInfo("no memory", [], None)
+    for given in (None, error):
+        instance.report_engine_event(
+            "starting", run_id="run", job_name="__ASSET_JOB", engine_event_data=EngineEventData(error=given)
+        )
+
+    [kept] = instance.all_logs("run")
+    assert kept.dagster_event is not None
+    assert kept.dagster_event.engine_event_data.error == error
 
 
 def test_what_an_op_hands_on_is_stored(instance: dg.DagsterInstance) -> None:

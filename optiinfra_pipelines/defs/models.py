@@ -97,7 +97,7 @@ def _metadata(refreshed: Refreshed) -> dict[str, Metadata]:
     if refreshed.row_count is not None:
         metadata["dagster/row_count"] = refreshed.row_count
     if refreshed.newest is not None:
-        metadata["newest_rows"] = preview(refreshed.newest)
+        metadata |= preview(refreshed.newest)
     return metadata
 
 

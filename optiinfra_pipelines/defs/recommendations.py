@@ -106,9 +106,9 @@ def _waste(store: WasteStore, refresh_minutes: int) -> dg.AssetsDefinition:
     def derive_waste() -> Iterator[dg.MaterializeResult[None]]:
         found = store.refresh()
         plan = found.plan
-        yield dg.MaterializeResult(asset_key="fct_gpu_waste", metadata={"newest_rows": preview(found.hours)})
-        yield dg.MaterializeResult(asset_key="fct_deployment_costs", metadata={"newest_rows": preview(found.costs)})
-        yield dg.MaterializeResult(asset_key="fct_signal_trends", metadata={"newest_rows": preview(found.trends)})
+        yield dg.MaterializeResult(asset_key="fct_gpu_waste", metadata=preview(found.hours))
+        yield dg.MaterializeResult(asset_key="fct_deployment_costs", metadata=preview(found.costs))
+        yield dg.MaterializeResult(asset_key="fct_signal_trends", metadata=preview(found.trends))
         yield dg.MaterializeResult(
             asset_key="consolidation_plan",
             metadata={"declined": plan.reason} if isinstance(plan, NoPlan) else {"saved_gpus": plan.saved_gpus},

@@ -48,12 +48,17 @@ def table_metadata(name: str, columns: Mapping[str, ColumnLike]) -> dict[str, Me
     return {"dagster/table_name": f"main.{name}", "dagster/column_schema": schema}
 
 
-def preview(frame: pl.DataFrame) -> dg.TableMetadataValue:
-    """The first columns of the first rows as a table in the UI. Lists and times become text, NULL stays empty."""
+def preview(frame: pl.DataFrame) -> dict[str, Metadata]:
+    """Metadata `newest_rows`: the first columns of the first rows as a table in the UI; none for a frame without rows.
+
+    Lists and times become text, NULL stays empty.
+    """
+    if frame.is_empty():
+        return {}
     shown = frame.select(frame.columns[:PREVIEW_COLUMNS]).head(PREVIEW_ROWS)
     records = [dg.TableRecord({key: _cell(value) for key, value in row.items()}) for row in shown.to_dicts()]
     schema = dg.TableSchema([dg.TableColumn(name, str(dtype)) for name, dtype in shown.schema.items()])
-    return dg.MetadataValue.table(records, schema)
+    return {"newest_rows": dg.MetadataValue.table(records, schema)}
 
 
 def _cell(value: object) -> str | int | float | bool | None:

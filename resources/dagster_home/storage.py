@@ -110,8 +110,15 @@ class LeanEventLogStorage(ConsolidatedSqliteEventLogStorage):
         return self.index_connection()
 
     def store_event(self, event: EventLogEntry) -> None:
-        if not is_empty_output(event):
+        if not is_empty_output(event) and not is_stage_direction(event):
             super().store_event(without_repetition(event))
+
+    def _tags_for_asset_event(self, event: EventLogEntry) -> Mapping[str, str]:
+        """A second copy of an event's tags, by which partitions are found; an asset without any has no use for it."""
+        happened = event.dagster_event
+        if happened is None or happened.partition is None:
+            return {}
+        return super()._tags_for_asset_event(event)
 
     def watch(self, run_id: str, cursor: str | None, callback: Any) -> None:
         """As the parent's, which looks at the database file alone: what is new stands in its write-ahead log."""
@@ -146,6 +153,23 @@ def is_empty_output(event: EventLogEntry) -> bool:
         happened is not None
         and happened.event_type is DagsterEventType.STEP_OUTPUT
         and event.job_name == IMPLICIT_ASSET_JOB_NAME
+    )
+
+
+_STAGE_DIRECTIONS = frozenset(
+    {DagsterEventType.ENGINE_EVENT, DagsterEventType.RESOURCE_INIT_STARTED, DagsterEventType.RESOURCE_INIT_SUCCESS}
+)
+
+
+def is_stage_direction(event: EventLogEntry) -> bool:
+    """Which process runs a refresh and that its resources are there: of no use when it went well. Errors are kept."""
+    happened = event.dagster_event
+    return (
+        happened is not None
+        and happened.event_type in _STAGE_DIRECTIONS
+        and event.job_name == IMPLICIT_ASSET_JOB_NAME
+        and event.error_info is None
+        and getattr(happened.event_specific_data, "error", None) is None
     )
 
 
