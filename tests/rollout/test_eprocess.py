@@ -99,6 +99,42 @@ def test_the_bet_is_fair_at_the_null_and_loses_inside_it(
     assert mean(null * harmless) <= 1 + 1e-7
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    st.floats(0.001, 0.999),
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(0, 7)), min_size=1, max_size=3),
+    st.floats(0.05, 1.0),
+    st.floats(0.05, 2.0),
+    st.floats(0.1, 1.0),
+)
+def test_the_mean_over_both_kinds_of_start_is_fair_at_any_weight(
+    share: float, ticks: list[tuple[int, int, int]], gain: float, scale: float, harmless: float
+) -> None:
+    """Mean wealth over every outcome of a short step, with the edge judged twice: never over one, at no tick."""
+    null, alternatives = 1.4, (1.3, 2.2)
+    rule = np.array([[0.65, gain, 0.3], [0.65, 1.7 * gain, 0.2]])
+    paths: list[tuple[float, list[TickCounts]]] = [(1.0, [])]
+    for canary_total, baseline_total, wanted in ticks:
+        over = min(wanted, canary_total + baseline_total)
+        support = range(max(0, over - baseline_total), min(over, canary_total) + 1)
+        weights = [
+            math.comb(canary_total, x) * math.comb(baseline_total, over - x) * (null * harmless) ** x for x in support
+        ]
+        paths = [
+            (chance * weight / sum(weights), [*path, TickCounts(canary_total, x, baseline_total, over - x)])
+            for chance, path in paths
+            for x, weight in zip(support, weights, strict=True)
+        ]
+        mean = 0.0
+        for chance, path in paths:
+            edges = [EdgeProcess(null, alternatives, max_ticks=len(ticks), rule=rule) for _ in range(2)]
+            for edge in edges:
+                for tick in path:
+                    edge.observe(tick, scale)
+            mean += chance * math.exp(combined_log_e(edges, share))
+        assert mean <= 1 + 1e-9
+
+
 def test_looking_at_every_tick_keeps_the_error_rate() -> None:
     """800 harmless canaries looked at 150 times each cross 1/alpha at most alpha of the time."""
     random = np.random.default_rng(7)
