@@ -29,8 +29,8 @@ TICK_SECONDS = 5.0
 # Found in nine of ten simulated steps: with the median, every second bad candidate would outlive its step.
 FOUND_RATIO = 0.9
 SIMULATED_STEPS = 40
-# Replicas that drift and bursts of load: nine of ten were found within 0.8 to 1.7 times the time computed without them
-# (SIMULATED, +25 to +100 % at 0.5 to 10 requests/s, 600 steps each: benchmarks/judge_acceptance.py).
+# Replicas that drift and bursts of load: nine of ten were found within 0.7 to 1.6 times the time computed without them
+# (SIMULATED, +25 to +100 % at 0.5 to 10 requests/s, 300 to 1,500 steps each: benchmarks/judge_acceptance.py).
 NOISE_FACTOR = 1.5
 # Longer steps than this are no canary; the traffic share has to grow instead.
 LONGEST_STEP_SECONDS = 8 * 3600.0
