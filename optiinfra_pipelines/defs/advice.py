@@ -40,7 +40,11 @@ def advice_asset(
 
 def result(rows: pl.DataFrame, shown: list[str], **headline: Metadata) -> dg.MaterializeResult[None]:
     """The run's headline numbers beside a few rows of the named columns; why nothing is known, where nothing is."""
-    metadata: dict[str, Metadata] = {"dagster/row_count": rows.height, "rows": preview(rows.select(shown)), **headline}
+    metadata: dict[str, Metadata] = {
+        "dagster/row_count": rows.height,
+        **preview(rows.select(shown), "rows"),
+        **headline,
+    }
     if rows.is_empty():
         metadata["abstention"] = "fleet.yaml names no deployment, or none has a row of load yet"
     return dg.MaterializeResult(metadata=metadata)

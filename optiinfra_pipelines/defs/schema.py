@@ -48,8 +48,8 @@ def table_metadata(name: str, columns: Mapping[str, ColumnLike]) -> dict[str, Me
     return {"dagster/table_name": f"main.{name}", "dagster/column_schema": schema}
 
 
-def preview(frame: pl.DataFrame) -> dict[str, Metadata]:
-    """Metadata `newest_rows`: the first columns of the first rows as a table in the UI; none for a frame without rows.
+def preview(frame: pl.DataFrame, label: str = "newest_rows") -> dict[str, Metadata]:
+    """Metadata of this label: the first columns of the first rows as a table in the UI; none for a frame without rows.
 
     Lists and times become text, NULL stays empty.
     """
@@ -58,7 +58,7 @@ def preview(frame: pl.DataFrame) -> dict[str, Metadata]:
     shown = frame.select(frame.columns[:PREVIEW_COLUMNS]).head(PREVIEW_ROWS)
     records = [dg.TableRecord({key: _cell(value) for key, value in row.items()}) for row in shown.to_dicts()]
     schema = dg.TableSchema([dg.TableColumn(name, str(dtype)) for name, dtype in shown.schema.items()])
-    return {"newest_rows": dg.MetadataValue.table(records, schema)}
+    return {label: dg.MetadataValue.table(records, schema)}
 
 
 def _cell(value: object) -> str | int | float | bool | None:
