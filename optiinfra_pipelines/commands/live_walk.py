@@ -30,6 +30,8 @@ FINDING_SECONDS = ADVICE_SECONDS = 1200.0
 # Two minutes of reference, three steps of two, the bake, and starts on a busy host.
 ROLLOUT_SECONDS = 2400.0
 LOOK_SECONDS = 1.0
+# A step that shows nothing three times is no matter of chance.
+MAX_RESUMES = 2
 # The ledger's first look wants whole minutes before the change began; traffic takes one to be steady.
 BEFORE_SECONDS = (EARLY.min_periods + 2) * EARLY.period.total_seconds()
 REQUESTER, APPROVER = "ada", "grace"
@@ -139,7 +141,7 @@ class Walk:
         return self._follow(rollout_id)
 
     def _follow(self, rollout_id: str) -> Rollout:
-        seen, until = 0, time.monotonic() + ROLLOUT_SECONDS
+        seen, until, resumed = 0, time.monotonic() + ROLLOUT_SECONDS, 0
         while True:
             row = self._store.get(rollout_id)
             events = self._store.events(rollout_id)
@@ -153,7 +155,13 @@ class Walk:
             if row.position.is_terminal and is_settled:
                 return row
             # A lost executor is replaced by the product itself; every other pause is for a person.
-            if row.position.pause not in (None, PauseReason.EXECUTOR_LOST):
+            if row.position.pause is PauseReason.INCONCLUSIVE and resumed < MAX_RESUMES:
+                # Overloaded replicas may differ too much for one step: a person has it run again.
+                resumed += 1
+                self._say(f"  {APPROVER} resumes it: the step runs again, with fresh counts")
+                given = {"rollout_id": rollout_id, "person": APPROVER, "comment": "once more"}
+                self._launchpad.run("resume_rollout", "resume_rollout_now", given, is_stopped=self._is_stopped)
+            elif row.position.pause not in (None, PauseReason.EXECUTOR_LOST):
                 raise WalkError(f"{rollout_id} waits for a person: {row.position}")
             if time.monotonic() > until:
                 raise WalkError(f"{rollout_id} is {row.position} after {ROLLOUT_SECONDS:.0f} s")

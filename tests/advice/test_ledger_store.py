@@ -12,7 +12,7 @@ import duckdb
 import polars as pl
 import pytest
 
-from optiinfra_pipelines.analysis.ledger.effect import EARLY, SETTLED, Scale
+from optiinfra_pipelines.analysis.ledger.effect import EARLY, EARLY_DUE, SETTLED, Scale
 from optiinfra_pipelines.defs.recommendations import recommendation_assets
 from optiinfra_pipelines.domain.fleet import Deployment, ModelShape
 from optiinfra_pipelines.domain.models import known_model, shape_of
@@ -81,7 +81,7 @@ def test_an_advised_raise_is_opened_applied_and_verified_against_the_unchanged_r
         .read("select * from recommendation_ledger where kind = 'measured_early'")
         .to_dicts()
     )
-    assert first["happened_at"] == entry.applied_at + timedelta(minutes=15)
+    assert first["happened_at"] == entry.applied_at + EARLY_DUE
     assert first["state_after"] == "applied"
     seen = json.loads(first["detail"])
     assert seen["change_low"] < -18 < seen["change_high"] < 0

@@ -382,11 +382,11 @@ def early(rows: pl.DataFrame) -> RealizedEffect | str:
 
 
 def test_an_early_look_compares_whole_minutes_before_the_change_began_and_after_it_was_done() -> None:
-    """The old replicas' fifteen minutes before the rollout began, the new ones' twelve after their warm-up."""
+    """The old replicas' fifteen minutes before the rollout began, the new ones' seven after their warm-up."""
     outcome = early(minutes_of(-25.0))
 
     assert isinstance(outcome, RealizedEffect)
-    assert (outcome.periods_before, outcome.periods_after) == (15, 12)
+    assert (outcome.periods_before, outcome.periods_after) == (15, 7)
     assert outcome.change_low < -25 < outcome.change_high < 0
     assert outcome.change_high - outcome.change_low < 5
 

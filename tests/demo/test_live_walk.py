@@ -17,8 +17,8 @@ from tests.rollouts.haproxy_kit import free_ports
 
 pytestmark = [
     pytest.mark.engine,
-    # Half an hour of real time: ten minutes of before, two references, steps of two minutes, and a first look at the
-    # effect a quarter of an hour after; a real engine starts for minutes on top.
+    # Half an hour of real time: seven minutes of before, two references, steps of two minutes and more, a first look
+    # ten minutes after; a real engine starts for minutes on top.
     pytest.mark.timeout(5400),
 ]
 VLLM = os.environ.get("OPTIINFRA_VLLM")

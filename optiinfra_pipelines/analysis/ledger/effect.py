@@ -33,9 +33,9 @@ class Scale:
 # side nothing is told from the minute-to-minute noise.
 SETTLED = Scale(timedelta(minutes=5), timedelta(minutes=10), 6)
 # For people who wait: what the first minutes show. It decides nothing, for load that moved with the change by chance is
-# in it; eight minutes a side are what an interval over neighboring minutes needs.
-EARLY = Scale(timedelta(minutes=1), timedelta(minutes=3), 8)
-EARLY_DUE = timedelta(minutes=15)
+# in it; with under five minutes a side an interval over neighboring minutes has no degrees of freedom left.
+EARLY = Scale(timedelta(minutes=1), timedelta(minutes=3), 5)
+EARLY_DUE = timedelta(minutes=10)
 # A measure of load or mix that differs by more than this between the sides makes an early look worthless.
 ALIKE_RATIO = 0.15
 # When a measurement is tried, counted from the change: an hour and the warm-up, a shift, a day, a week. The first that
