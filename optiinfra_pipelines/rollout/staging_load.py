@@ -23,6 +23,8 @@ ROUND_REQUESTS, COMPARED_PER_SECOND, MAX_ROUNDS = 40, 4.0, 3
 MOST_BACKGROUND_PER_SECOND = 20.0
 # Away from traffic a test must find a candidate that breaks, not measure it: the canary does that.
 MAX_SLOWDOWN_RATIO = 3.0
+# A stable replica that is overloaded answers few of the requests in time: the rest compares a failure with a failure.
+LEAST_ANSWERED_RATIO = 0.5
 # Over all rounds: chance that a candidate at the limit is failed, and that one is passed.
 FAIL_ERROR, PASS_ERROR = 0.01, 0.05
 # Rough for every tokenizer, and only the length matters.
@@ -100,7 +102,7 @@ def judge_load(
     """Judge seconds of each compared request at (candidate, stable), None where it failed; all rounds so far.
 
     Request by request: is the candidate over three times slower on more than half of them? An exact sign test, its
-    error shared by the rounds. NODATA without a request that both answered.
+    error shared by the rounds. NODATA without a request that both answered, no PASS where most were not.
     """
     failed, usual = sum(one is None for one in ours), sum(one is None for one in theirs)
     if failed > usual + 1:
@@ -116,6 +118,10 @@ def judge_load(
     )
     if float(binom.sf(slower - 1, len(pairs), 0.5)) <= FAIL_ERROR / most_rounds:
         return LoadVerdict(VerdictKind.FAIL, counts)
+    if len(pairs) < LEAST_ANSWERED_RATIO * len(ours):
+        return LoadVerdict(
+            VerdictKind.INCONCLUSIVE, f"{counts}; {usual} failed at the stable replica, so most compare nothing"
+        )
     if float(binom.cdf(slower, len(pairs), 0.5)) <= PASS_ERROR / most_rounds:
         return LoadVerdict(VerdictKind.PASS, counts)
     return LoadVerdict(VerdictKind.INCONCLUSIVE, f"{counts}, which shows neither")

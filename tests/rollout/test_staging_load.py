@@ -110,3 +110,15 @@ def test_a_candidate_at_the_limit_rarely_fails_over_all_rounds() -> None:
             else:
                 left[count] = chance
     assert 0 < failed <= 0.01
+
+
+def test_failures_at_both_replicas_are_no_pass() -> None:
+    """26 of 40 failed at the candidate and 30 at an overloaded stable replica: ten pairs say little."""
+    theirs = [0.1] * 10 + [None] * 30
+    ours = [0.1] * 14 + [None] * 26
+
+    verdict = judge_load(ours, theirs)
+
+    assert verdict.kind is VerdictKind.INCONCLUSIVE
+    assert "30 failed at the stable replica" in verdict.reason
+    assert judge_load([0.1] * 40, [0.1] * 20 + [None] * 20).kind is VerdictKind.PASS
