@@ -181,6 +181,30 @@ def test_tags_are_stored_again_for_partitions_alone(instance: dg.DagsterInstance
     assert "dagster/data_version" in tags
 
 
+@pytest.mark.parametrize("is_good", [True, False])
+def test_a_check_is_planned_in_the_table_of_results_alone(instance: dg.DagsterInstance, is_good: bool) -> None:
+    """Its result takes the plan's place; one whose run ended before it stays planned and is seen so."""
+
+    @dg.asset
+    def made() -> None: ...
+
+    @dg.asset_check(asset=made)
+    def well() -> dg.AssetCheckResult:
+        if not is_good:
+            raise RuntimeError("out of memory")
+        return dg.AssetCheckResult(passed=True)
+
+    definitions = dg.Definitions([made], asset_checks=[well])
+    job = definitions.resolve_implicit_global_asset_job_def()
+    run = job.execute_in_process(instance=instance, raise_on_error=False)
+
+    events = [log.dagster_event.event_type_value for log in instance.all_logs(run.run_id) if log.dagster_event]
+    assert "ASSET_CHECK_EVALUATION_PLANNED" not in events
+    [record] = instance.event_log_storage.get_asset_check_execution_history(well.check_key, limit=5)
+    assert record.run_id == run.run_id
+    assert record.status.value == ("SUCCEEDED" if is_good else "PLANNED")
+
+
 def test_an_error_of_the_engine_is_kept(instance: dg.DagsterInstance) -> None:
     """A run that could not be started says so."""
     error = SerializableErrorInfo("no memory", [], None)

@@ -110,7 +110,11 @@ class LeanEventLogStorage(ConsolidatedSqliteEventLogStorage):
         return self.index_connection()
 
     def store_event(self, event: EventLogEntry) -> None:
-        if not is_empty_output(event) and not is_stage_direction(event):
+        happened = event.dagster_event
+        if happened is not None and happened.event_type is DagsterEventType.ASSET_CHECK_EVALUATION_PLANNED:
+            # The table of check results has it, until the result takes its place.
+            self.store_asset_check_event(without_repetition(event), None)
+        elif not is_empty_output(event) and not is_stage_direction(event):
             super().store_event(without_repetition(event))
 
     def _tags_for_asset_event(self, event: EventLogEntry) -> Mapping[str, str]:
