@@ -261,10 +261,11 @@ def read_changed_targets(
     return changed, [target for target in targets if target not in touched]
 
 
-# Requests that came in a period: those finished, and by how many more are in flight than in the one before.
+# Requests that came in a period: those finished, and by how many more are in flight than in the one before. A replica's
+# first period has none before it and counts those finished; where what is in flight is not told, nothing is known.
 _ARRIVALS = """
     ((
-        {requests} + coalesce(in_flight - lag(in_flight) over (partition by target order by {at}), 0)
+        {requests} + in_flight - coalesce(lag(in_flight) over (partition by target order by {at}), in_flight)
     ) / nullif({seconds}, 0))::double as arrivals_per_second
 """
 _EFFECT_SCHEMA: dict[str, type[pl.DataType] | pl.DataType] = {

@@ -308,11 +308,15 @@ def test_load_is_what_came_and_not_what_an_overloaded_replica_managed(scale: Sca
         }
         for n in range(20)
     ]
+    # A page that tells of no running requests: finished ones must not stand in for those that came.
+    rows += [{**row, "target": "r1", "requests_running_mean": None} for row in rows]
     with duckdb.connect() as connection:
         connection.register("given", pl.DataFrame(rows).to_arrow())
         connection.execute(f"create table {table} as select * from given")
         window = (START, START + 20 * scale.period)
-        made = read_effect_rows(connection, "requests_waiting_mean", ["r0"], ["r0"], window, scale)
+        read = read_effect_rows(connection, "requests_waiting_mean", ["r0", "r1"], ["r0"], window, scale)
 
+    made, untold = (read.filter(pl.col("target") == target) for target in ("r0", "r1"))
+    assert untold["arrivals_per_second"].null_count() == 20
     came = made.sort("period_at")["arrivals_per_second"].to_list()
     assert came[1:] == [pytest.approx(6.5)] * 19
