@@ -205,6 +205,36 @@ def test_a_check_is_planned_in_the_table_of_results_alone(instance: dg.DagsterIn
     assert record.status.value == ("SUCCEEDED" if is_good else "PLANNED")
 
 
+def test_a_passed_check_stands_in_the_table_of_results_alone(instance: dg.DagsterInstance) -> None:
+    """A failed one is in its run's log too, and one that passes after it is the newer."""
+    verdicts = iter([False, True])
+
+    @dg.asset
+    def made() -> None: ...
+
+    @dg.asset_check(asset=made)
+    def well() -> dg.AssetCheckResult:
+        return dg.AssetCheckResult(passed=next(verdicts), metadata={"rows": 7})
+
+    job = dg.Definitions([made], asset_checks=[well]).resolve_implicit_global_asset_job_def()
+    logged = []
+    for _ in range(2):
+        run = job.execute_in_process(instance=instance)
+        events = [log.dagster_event.event_type_value for log in instance.all_logs(run.run_id) if log.dagster_event]
+        logged.append("ASSET_CHECK_EVALUATION" in events)
+
+    storage = instance.event_log_storage
+    assert logged == [True, False]
+    history = storage.get_asset_check_execution_history(well.check_key, limit=5)
+    assert [record.status.value for record in history] == ["SUCCEEDED", "FAILED"]
+    assert history[0].event is not None
+    assert history[0].event.dagster_event is not None
+    assert history[0].event.dagster_event.asset_check_evaluation_data.metadata["rows"].value == 7
+    [newest] = storage.get_asset_check_partition_info([well.check_key])
+    assert newest.latest_execution_status.value == "SUCCEEDED"
+    assert newest.latest_materialization_storage_id == newest.latest_target_materialization_storage_id
+
+
 def test_an_error_of_the_engine_is_kept(instance: dg.DagsterInstance) -> None:
     """A run that could not be started says so."""
     error = SerializableErrorInfo("no memory", [], None)

@@ -33,6 +33,7 @@ from dagster._core.scheduler.instigation import (
     TickStatus,
 )
 from dagster._core.storage.event_log import ConsolidatedSqliteEventLogStorage
+from dagster._core.storage.event_log.schema import SqlEventLogStorageTable
 from dagster._core.storage.runs import SqliteRunStorage
 from dagster._core.storage.schedules import SqliteScheduleStorage
 from dagster._core.storage.schedules.schema import AssetDaemonAssetEvaluationsTable
@@ -114,8 +115,15 @@ class LeanEventLogStorage(ConsolidatedSqliteEventLogStorage):
         if happened is not None and happened.event_type is DagsterEventType.ASSET_CHECK_EVALUATION_PLANNED:
             # The table of check results has it, until the result takes its place.
             self.store_asset_check_event(without_repetition(event), None)
+        elif is_passed_check(event):
+            # Likewise, at its place among the events: by these numbers Dagster tells what is newer.
+            self.store_asset_check_event(without_repetition(event), self._newest_event_id())
         elif not is_empty_output(event) and not is_stage_direction(event):
             super().store_event(without_repetition(event))
+
+    def _newest_event_id(self) -> int:
+        with self.index_connection() as connection:
+            return connection.execute(sa.select(sa.func.max(SqlEventLogStorageTable.c.id))).scalar() or 0
 
     def _tags_for_asset_event(self, event: EventLogEntry) -> Mapping[str, str]:
         """A second copy of an event's tags, by which partitions are found; an asset without any has no use for it."""
@@ -157,6 +165,16 @@ def is_empty_output(event: EventLogEntry) -> bool:
         happened is not None
         and happened.event_type is DagsterEventType.STEP_OUTPUT
         and event.job_name == IMPLICIT_ASSET_JOB_NAME
+    )
+
+
+def is_passed_check(event: EventLogEntry) -> bool:
+    """The table of check results holds the whole event; a failed check stands in its run's log as well."""
+    happened = event.dagster_event
+    return (
+        happened is not None
+        and happened.event_type is DagsterEventType.ASSET_CHECK_EVALUATION
+        and happened.asset_check_evaluation_data.passed
     )
 
 
