@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from optiinfra_pipelines.rollout.staging_load import COMPARED_PER_SECOND, PlannedRequest
+from optiinfra_pipelines.rollout.staging_load import ANSWER_SECONDS, PlannedRequest
 
 GeneratorName = Literal["aiperf", "vllm"]
 # In the order of preference: the one that keeps the planned arrivals first.
@@ -68,19 +68,24 @@ def command(
     folder: str,
     count: int,
     seed: int,
+    rate: float,
 ) -> list[str]:
-    """Its command line. folder: where REQUESTS_FILE lies and the results go. tokenizer: none, the model's own."""
+    """Its command line. folder: where REQUESTS_FILE lies and the results go. tokenizer: none, the model's own.
+
+    rate: requests a second, for one that draws its own arrivals.
+    """
     file = f"{folder}/{REQUESTS_FILE}"
     if name == "aiperf":
         made = "profile --endpoint-type completions --custom-dataset-type mooncake_trace --fixed-schedule"
         made += " --use-server-token-count --export-level records --ui none --no-gpu-telemetry --no-server-metrics"
         # One process of each kind: the load of a staging test needs no more, and it shares the host with the rollout.
-        made += f" --request-timeout-seconds 20 --workers-max 1 --record-processors 1 --random-seed {seed}"
+        made += f" --request-timeout-seconds {ANSWER_SECONDS:.0f} --workers-max 1 --record-processors 1"
+        made += f" --random-seed {seed}"
         given = ["--model", model, "--url", url, "--input-file", file, "--output-artifact-dir", folder]
     else:
         made = "bench serve --backend openai --endpoint /v1/completions --dataset-name custom"
         made += " --skip-chat-template --disable-shuffle --custom-output-len -1 --temperature 0 --disable-tqdm"
-        made += f" --save-result --save-detailed --num-prompts {count} --request-rate {COMPARED_PER_SECOND:g}"
+        made += f" --save-result --save-detailed --num-prompts {count} --request-rate {rate:.3g}"
         made += f" --seed {seed}"
         given = ["--model", model, "--base-url", url, "--dataset-path", file, "--result-dir", folder]
         given += ["--result-filename", RESULT_FILES["vllm"][0]]

@@ -17,8 +17,15 @@ from scipy.stats import binom
 from optiinfra_pipelines.domain.verdicts import VerdictKind
 from optiinfra_pipelines.rollout.margins import StableHistogram
 
-# Compared requests of one round, at four a second: ten seconds. Three rounds at most.
-ROUND_REQUESTS, COMPARED_PER_SECOND, MAX_ROUNDS = 40, 4.0, 3
+# Compared requests of one round, and how many rounds there are at most.
+ROUND_REQUESTS, MAX_ROUNDS = 40, 3
+# They come on top of what users ask of a stable replica: a quarter of that and no more, so that they hardly notice. A
+# round is over in ten to eighty seconds.
+COMPARED_SHARE, LEAST_COMPARED_PER_SECOND, MOST_COMPARED_PER_SECOND = 0.25, 0.5, 4.0
+# Where nobody knows what a replica carries.
+USUAL_COMPARED_PER_SECOND = 1.0
+# A stable replica with a queue answers late and is no failure for that.
+ANSWER_SECONDS = 60.0
 # One candidate is not asked for more than this beside them, whatever production does.
 MOST_BACKGROUND_PER_SECOND = 20.0
 # Away from traffic a test must find a candidate that breaks, not measure it: the canary does that.
@@ -73,14 +80,23 @@ class LoadVerdict:
 def plan_round(mix: LoadMix, *, seed: int, index: int) -> list[PlannedRequest]:
     """One round, in order of time: the compared requests, and the candidate's background beside them.
 
-    The same seed and index give the same requests. Compared ones depend on neither rate nor background.
+    The same seed and index give the same requests; another rate gives the same compared ones at another pace.
     """
-    compared = _arrivals(mix, random.Random(f"{seed}-{index}-compared"), COMPARED_PER_SECOND, ROUND_REQUESTS, True)
+    rng, pace = random.Random(f"{seed}-{index}-compared"), compared_per_second(mix)
+    compared = _arrivals(mix, rng, pace, ROUND_REQUESTS, True)
     seconds = compared[-1].at_seconds
     rate = min(mix.requests_per_second or 0.0, MOST_BACKGROUND_PER_SECOND)
     rng = random.Random(f"{seed}-{index}-background")
     background = _arrivals(mix, rng, rate, math.floor(rate * seconds), False) if rate > 0 else []
     return sorted([*compared, *background], key=lambda one: one.at_seconds)
+
+
+def compared_per_second(mix: LoadMix) -> float:
+    """Compared requests a second at each replica."""
+    if mix.requests_per_second is None:
+        return USUAL_COMPARED_PER_SECOND
+    share = COMPARED_SHARE * mix.requests_per_second
+    return min(MOST_COMPARED_PER_SECOND, max(LEAST_COMPARED_PER_SECOND, share))
 
 
 def describe(mix: LoadMix) -> str:
@@ -91,7 +107,7 @@ def describe(mix: LoadMix) -> str:
         "at no load of its own" if rate is None else f"beside {min(rate, MOST_BACKGROUND_PER_SECOND):.2g} requests/s"
     )
     return (
-        f"open loop, {COMPARED_PER_SECOND:g} compared requests/s, the candidate {carried}; lengths {lengths}; "
+        f"open loop, {compared_per_second(mix):.2g} compared requests/s, the candidate {carried}; lengths {lengths}; "
         f"{mix.shared_prefix_ratio:.0%} of each prompt shared"
     )
 

@@ -30,8 +30,9 @@ from optiinfra_pipelines.rollout.load_generators import (
 )
 from optiinfra_pipelines.rollout.staging_load import PlannedRequest
 
-# aiperf took 19 s for 10 s of load on an idle core and 40 s on a busy one; `vllm` imports PyTorch first.
-RUN_SECONDS = 180.0
+# aiperf took 19 s for 10 s of load on an idle core and 40 s on a busy one; `vllm` imports PyTorch first. The longest
+# load takes 80 s, its last answer 60 s more.
+RUN_SECONDS = 240.0
 # Not for a tool that prints its environment or sends what it measured somewhere.
 _SECRETS = ("OPTIINFRA_", "GROQ_")
 
@@ -75,6 +76,7 @@ class Generator:
                 folder=str(folder),
                 count=len(planned),
                 seed=seed,
+                rate=len(planned) / planned[-1].at_seconds,
             )
             said = self._ran(given, folder)
             files = [folder / file for file in RESULT_FILES[self.name]]

@@ -22,6 +22,7 @@ from optiinfra_pipelines.rollout.guards import KV_SHORTFALL_RATIO
 from optiinfra_pipelines.rollout.load_generators import GeneratorError, payload
 from optiinfra_pipelines.rollout.quality import Prompt, compare
 from optiinfra_pipelines.rollout.staging_load import (
+    ANSWER_SECONDS,
     MAX_ROUNDS,
     LoadMix,
     LoadVerdict,
@@ -252,16 +253,18 @@ class HttpStaging:
                 if is_over is not None and is_over.is_set():
                     break
                 time.sleep(max(0.0, begun + one.at_seconds - time.monotonic()))
-                future = pool.submit(self._ask, server, one.prompt, one.max_tokens)
+                future = pool.submit(self._ask, server, one.prompt, one.max_tokens, ANSWER_SECONDS)
                 if one.is_compared:
                     compared.append(future)
             return [future.result() for future in compared]
 
-    def _ask(self, server: Replica, prompt: str, max_tokens: int) -> _Answer:
+    def _ask(
+        self, server: Replica, prompt: str, max_tokens: int, within_seconds: float = COMPLETION_SECONDS
+    ) -> _Answer:
         body = payload(prompt, max_tokens, self._model)
         begun = time.monotonic()
         try:
-            reply = self._client.post(f"{server.url.rstrip('/')}/v1/completions", json=body)
+            reply = self._client.post(f"{server.url.rstrip('/')}/v1/completions", json=body, timeout=within_seconds)
             text = str(reply.json()["choices"][0]["text"]) if reply.status_code == 200 else None
         except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError):
             text = None

@@ -98,7 +98,17 @@ def test_each_generator_is_given_the_same_requests_without_sampling() -> None:
 def test_the_arms_differ_in_nothing_but_the_address(name: GeneratorName) -> None:
     """A program's path and a tokenizer's folder may hold spaces: each is one argument."""
     ours, theirs = (
-        command(name, "/opt/a b/tool", url=url, model="m", tokenizer="/my models/t", folder="/tmp/x", count=40, seed=7)
+        command(
+            name,
+            "/opt/a b/tool",
+            url=url,
+            model="m",
+            tokenizer="/my models/t",
+            folder="/tmp/x",
+            count=40,
+            seed=7,
+            rate=0.5,
+        )
         for url in ("http://a:1", "http://b:2")
     )
 

@@ -13,6 +13,7 @@ from optiinfra_pipelines.rollout.staging_load import (
     MAX_ROUNDS,
     ROUND_REQUESTS,
     LoadMix,
+    compared_per_second,
     describe,
     judge_load,
     plan_round,
@@ -21,15 +22,28 @@ from optiinfra_pipelines.rollout.staging_load import (
 LONG = StableHistogram((100.0, 200.0, math.inf), [0.0, 1000.0, 1000.0])
 
 
-def test_a_seed_gives_the_same_requests_and_the_rate_changes_only_the_background() -> None:
+def test_a_seed_gives_the_same_requests_and_the_rate_changes_their_pace_and_the_background() -> None:
     """So that two arms, two executors and two days are asked the same."""
     quiet, busy = LoadMix(LONG, LONG), LoadMix(LONG, LONG, requests_per_second=5.0)
 
     assert plan_round(busy, seed=1, index=0) == plan_round(busy, seed=1, index=0)
     assert plan_round(busy, seed=1, index=0) != plan_round(busy, seed=1, index=1)
     compared = [one for one in plan_round(busy, seed=1, index=0) if one.is_compared]
-    assert compared == plan_round(quiet, seed=1, index=0)
+    slow = plan_round(quiet, seed=1, index=0)
+    assert [(one.prompt, one.max_tokens) for one in compared] == [(one.prompt, one.max_tokens) for one in slow]
+    assert [one.at_seconds for one in compared] == pytest.approx([one.at_seconds / 1.25 for one in slow])
     assert len(compared) == ROUND_REQUESTS
+
+
+@pytest.mark.parametrize(
+    ("carried", "sent"), [(None, 1.0), (0.1, 0.5), (1.8, 0.5), (4.0, 1.0), (10.0, 2.5), (200.0, 4.0)]
+)
+def test_a_stable_replica_gets_at_most_a_quarter_on_top_of_what_its_users_ask(
+    carried: float | None, sent: float
+) -> None:
+    """And as little as lets a round end in eighty seconds, where they ask for next to nothing."""
+    assert compared_per_second(LoadMix(requests_per_second=carried)) == sent
+    assert f"open loop, {sent:.2g} compared requests/s" in describe(LoadMix(requests_per_second=carried))
 
 
 def test_the_background_has_the_rate_of_one_stable_replica() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from optiinfra_pipelines.domain.rollout_targets import KubernetesSettings
 from resources.rollouts.targets.kubernetes.api import KubeApi
@@ -12,6 +12,18 @@ from resources.rollouts.targets.kubernetes.target import KubernetesTarget
 from tests.rollouts.kube_server import KubeServer
 
 Json = dict[str, Any]
+
+
+class Server(Protocol):
+    """An API server of the tests. cluster: how a kubeconfig finds and trusts it."""
+
+    url: str
+    token: str
+
+    @property
+    def cluster(self) -> Json: ...
+
+
 FLAGS: dict[str, str | None] = {"max_num_seqs": "128"}
 
 
@@ -64,14 +76,14 @@ def cluster() -> KubeServer:
     return server
 
 
-def settings(server: KubeServer, folder: Path, **more: Any) -> KubernetesSettings:
+def settings(server: Server, folder: Path, **more: Any) -> KubernetesSettings:
     """With a kubeconfig file that points at the server."""
     file = folder / f"kubeconfig-{server.url.rsplit(':', 1)[1]}"
     config = {
         "apiVersion": "v1",
         "kind": "Config",
         "current-context": "test",
-        "clusters": [{"name": "test", "cluster": {"server": server.url}}],
+        "clusters": [{"name": "test", "cluster": server.cluster}],
         "users": [{"name": "test", "user": {"token": server.token}}],
         "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
     }

@@ -13,12 +13,19 @@ import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Protocol
 
 from tests.rollouts.haproxy_kit import FAKE_ENGINE, free_ports
-from tests.rollouts.kube_server import KubeServer
 
 Json = dict[str, Any]
+
+
+class Flowing(Protocol):
+    """What a gateway and its clients follow: weights by rule, and pods by their Deployment (`of`)."""
+
+    def weights(self) -> list[dict[str, int | None]]: ...
+
+    def all(self, plural: str) -> list[Json]: ...
 
 
 class Node:
@@ -49,7 +56,23 @@ class Node:
                 process.kill()
                 process.wait(5)
 
-    def until_up(self, server: KubeServer) -> None:
+    def end_all(self) -> None:
+        """Nothing is left running."""
+        for name in list(self._processes):
+            self.end({"metadata": {"name": name}})
+
+    def is_up(self, address: str) -> bool:
+        """Whether the pod there is ready, by its health page."""
+        connection = http.client.HTTPConnection(address, self.port, timeout=1)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except OSError:
+            return False
+        finally:
+            connection.close()
+
+    def until_up(self, server: Flowing) -> None:
         """Wait until every pod answers."""
         until = time.monotonic() + 60
         for pod in server.all("pods"):
@@ -76,7 +99,7 @@ def ask(address: str, port: int) -> int | None:
 class Proxy:
     """Clients and the gateway in one: threads that ask by the weights in force, and a page that counts."""
 
-    def __init__(self, server: KubeServer, node: Node, threads: int = 6) -> None:
+    def __init__(self, server: Flowing, node: Node, threads: int = 6) -> None:
         self.counts: Counter[tuple[str, str]] = Counter()
         self._server, self._node = server, node
         self._stop = threading.Event()

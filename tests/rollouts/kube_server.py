@@ -97,6 +97,11 @@ class KubeServer:
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
+    @property
+    def cluster(self) -> Json:
+        """As a kubeconfig names it."""
+        return {"server": self.url}
+
     def close(self) -> None:
         if self.end_pod is not None:
             for pod in self.all("pods"):

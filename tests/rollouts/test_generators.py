@@ -47,7 +47,7 @@ def installed(folder: Path, text: str, name: str = "aiperf") -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A round in a second or two: the rate is not what these tests are about."""
-    monkeypatch.setattr(staging_load, "COMPARED_PER_SECOND", 30.0)
+    monkeypatch.setattr(staging_load, "compared_per_second", lambda _: 30.0)
 
 
 def test_the_installed_generator_compares_the_arms(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_secrets_are_not_handed_on(tmp_path: Path) -> None:
     assert generator is not None
 
     with pytest.raises(Exception, match="left no") as refused:
-        generator.run("http://127.0.0.1:9", "m", [], 1)
+        generator.run("http://127.0.0.1:9", "m", staging_load.plan_round(staging_load.LoadMix(), seed=1, index=0), 1)
 
     assert "HF_TOKEN" in str(refused.value)
     assert "OPTIINFRA" not in str(refused.value)

@@ -5,26 +5,19 @@ The API server and the node are the tests' own; what serves is the fake engine, 
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from optiinfra_pipelines.domain.fleet import Deployment, Fleet
-from optiinfra_pipelines.domain.rollout_policy import DeploymentRollouts, RolloutPolicy
 from optiinfra_pipelines.domain.rollout_targets import GatewayPage, KubernetesSettings
-from optiinfra_pipelines.domain.rollouts import Change, KnobGroup, Proposal, RolloutPlan, RolloutState
+from optiinfra_pipelines.domain.rollouts import KnobGroup, RolloutState
 from resources.rollouts.assembly import make_parts
-from resources.rollouts.clock import Moment, now_here
-from resources.rollouts.desk import Rollouts
 from resources.rollouts.targets import TargetError
 from resources.rollouts.targets.gateway_page import GatewayCounters
 from tests.rollouts import kube_kit
 from tests.rollouts.kube_pods import Node, Proxy
+from tests.rollouts.kube_rollouts import Fast, approved, rollouts, whole_rollout
 from tests.rollouts.kube_server import KubeServer
-
-SPEED = 12.0
 
 
 @pytest.fixture
@@ -46,46 +39,6 @@ def server(node: Node) -> Iterator[KubeServer]:
 def settings(server: KubeServer, node: Node, folder: Path, proxy: Proxy | None) -> KubernetesSettings:
     page = GatewayPage(url=proxy.url) if proxy is not None else None
     return kube_kit.settings(server, folder, port=node.port, gateway=page)
-
-
-class Fast:
-    """The real clock, running SPEED times faster."""
-
-    def __init__(self) -> None:
-        self._start = now_here()
-
-    def __call__(self) -> Moment:
-        now = now_here()
-        passed = (now.seconds - self._start.seconds) * (SPEED - 1)
-        return replace(now, at=now.at + timedelta(seconds=passed), seconds=now.seconds + passed)
-
-
-def rollouts(given: KubernetesSettings, folder: Path, clock: Fast) -> Rollouts:
-    fleet = Fleet(deployments=(Deployment(name="chat", model="tiny"),))
-    # A look of 5 s takes less than half a second here; a busy machine is no executor that was asleep.
-    one = DeploymentRollouts(deployment="chat", kubernetes=given)
-    policy = RolloutPolicy(deployments=(one,), max_gap_seconds=120.0)
-    return Rollouts(fleet, policy, folder / "state", environ={}, clock=clock)
-
-
-def approved(made: Rollouts, group: KnobGroup, flags: dict[str, str | None]) -> None:
-    proposal = Proposal(
-        rollout_id="chat-1",
-        change=Change(deployment="chat", knob_group=group, current={}, proposed=flags),
-        plan=RolloutPlan(
-            percents=(10.0, 50.0, 100.0),
-            bake_minutes=1.0,
-            warm_up_seconds=10.0,
-            latency_signals=("time_to_first_token_seconds",),
-            min_requests=100,
-        ),
-        target="kubernetes",
-        requester="alice",
-        reason="a test",
-        created_at=made.clock().at,
-    )
-    row = made.propose(proposal)
-    made.approve("chat-1", "bob", row.proposal_hash, "", "", None)
 
 
 def test_pods_of_both_arms_are_asked_and_the_proxy_tells_what_clients_saw(
@@ -160,15 +113,7 @@ def test_whole_rollouts_under_traffic(
 ) -> None:
     """Staging, canary, steps, bake and promotion, or the way back; judged by the pods' own pages."""
     with Proxy(server, node) as proxy:
-        clock = Fast()
-        made = rollouts(settings(server, node, tmp_path, proxy), tmp_path, clock)
-        approved(made, group, flags)
-        executor = made.executor("chat-1", "test")
-        executor.begin(clock())
-        until = time.monotonic() + 360
-        while not (progress := executor.step(clock())).is_done:
-            assert time.monotonic() < until, progress
-            time.sleep(5.0 / SPEED)
+        made = whole_rollout(settings(server, node, tmp_path, proxy), tmp_path, group, flags)
 
     story = "\n".join(one.reason for one in made.store.events("chat-1"))
     assert made.store.get("chat-1").position.state is ends, story

@@ -66,7 +66,7 @@ def staging(candidate: Address, stable: Address, **given: Any) -> HttpStaging:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A round in a second or two: the rate is not what these tests are about."""
-    monkeypatch.setattr(staging_load, "COMPARED_PER_SECOND", 30.0)
+    monkeypatch.setattr(staging_load, "compared_per_second", lambda _: 30.0)
 
 
 def test_a_candidate_like_its_peer_passes_and_the_load_is_on_record() -> None:
