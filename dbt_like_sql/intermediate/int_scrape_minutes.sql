@@ -35,6 +35,7 @@ minutes as (
         arg_max(vantage, scraped_at) as vantage,
         count(*) as scrape_count,
         count(*) filter (is_up) as up_count,
+        count(*) filter (error_kind = 'idle_slot') as idle_count,
         arg_max(is_up, scraped_at) as is_up_last,
         max(scraped_at) as last_scraped_at,
         max(scraped_at) filter (is_up) as last_up_at,

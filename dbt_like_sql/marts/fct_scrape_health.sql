@@ -28,11 +28,13 @@ health as (
         max(last_up_at) as last_up_at,
         ratio(
             sum(up_count) filter (minute_at > (select collected_at from newest) - interval 1 hour),
-            sum(scrape_count) filter (minute_at > (select collected_at from newest) - interval 1 hour)
+            sum(scrape_count - coalesce(idle_count, 0))
+                filter (minute_at > (select collected_at from newest) - interval 1 hour)
         ) as up_1h_ratio,
         ratio(
             sum(up_count) filter (minute_at > (select collected_at from newest) - interval 1 day),
-            sum(scrape_count) filter (minute_at > (select collected_at from newest) - interval 1 day)
+            sum(scrape_count - coalesce(idle_count, 0))
+                filter (minute_at > (select collected_at from newest) - interval 1 day)
         ) as up_24h_ratio,
         arg_max(error_kind_last, minute_at) as error_kind_last,
         arg_max(error_detail_last, minute_at) as error_detail_last,
