@@ -97,9 +97,8 @@ class RealServer:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._stop = threading.Event()
         self._running: dict[str, str] = {}
-        self._unverified = ssl.create_default_context()
-        # The API server makes its own certificate at its first start.
-        self._unverified.check_hostname, self._unverified.verify_mode = False, ssl.CERT_NONE
+        # Made by the API server at its first start, with the authority that signed it.
+        self._certificate = folder / "certificates" / "apiserver.crt"
         self._admin = "admin-of-the-tests"
         self.flowing = TakenUp()
         etcd, peer, api = free_ports(3)
@@ -129,7 +128,7 @@ class RealServer:
     @property
     def cluster(self) -> Json:
         """As a kubeconfig names it."""
-        return {"server": self.url, "insecure-skip-tls-verify": True}
+        return {"server": self.url, "certificate-authority": str(self._certificate)}
 
     def put(self, plural: str, body: Json) -> Json:
         """Create an object as kubectl would."""
@@ -160,6 +159,13 @@ class RealServer:
 
     def version(self) -> str:
         return str(self._ask("GET", "/version")["gitVersion"])
+
+    def until_taken_up(self, name: str, seconds: float = 30.0) -> None:
+        """Wait until the gateway has seen a route as it is."""
+        until = time.monotonic() + seconds
+        while not ((self.get("httproutes", name) or {}).get("status") or {}).get("parents"):
+            assert time.monotonic() < until, f"route {name} was not taken up"
+            time.sleep(LOOK_SECONDS)
 
     def until_ready(self, name: str, replicas: int, seconds: float = 120.0) -> None:
         """Wait until a Deployment has so many ready pods."""
@@ -248,7 +254,8 @@ class RealServer:
         headers = {"Authorization": f"Bearer {self._admin}", "Content-Type": kind}
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}{path}", data, headers, method=method)
-        with urllib.request.urlopen(request, timeout=10, context=self._unverified) as reply:
+        trusted = ssl.create_default_context(cafile=str(self._certificate))
+        with urllib.request.urlopen(request, timeout=10, context=trusted) as reply:
             text = reply.read()
         answer: Json = {} if text == b"ok" else json.loads(text)
         return answer

@@ -43,6 +43,7 @@ def server(node: Node, tmp_path: Path) -> Iterator[RealServer]:
         made.put("services", service)
         made.put("deployments", kube_kit.deployment(["--max-num-seqs", "64"], replicas=2))
         made.put("httproutes", kube_kit.route())
+        made.until_taken_up("chat")
         made.until_ready("chat", 2)
         yield made
     finally:
