@@ -53,7 +53,7 @@ class Generator:
             return "unknown"
         with contextlib.suppress(OSError, subprocess.SubprocessError, IndexError):
             told = subprocess.run(
-                [self.program, "--version"], capture_output=True, text=True, timeout=60, check=True, env=self._told
+                [self.program, "--version"], capture_output=True, text=True, timeout=120, check=True, env=self._told
             )
             return told.stdout.split()[-1]
         return "unknown"

@@ -197,6 +197,9 @@ class HttpStaging:
                 is_over.set()
                 besides.result()
             ours, theirs = (arm.result() for arm in arms)
+            if not any(one is not None for one in (*ours.seconds, *theirs.seconds)):
+                # vLLM's streams, and finds no answer where a server does not.
+                raise GeneratorError(f"{generator.name} found no answer to {len(compared)} requests at either replica")
         except GeneratorError as error:
             sent["generator_fault"] = str(error)
             self._generator = None

@@ -84,6 +84,13 @@ def test_requests_that_fail_under_it_fail_the_candidate(tmp_path: Path) -> None:
             "aiperf left no profile_export_aiperf.json, profile_export.jsonl: no tokenizer",
         ),
         (SENDER.replace('"aiperf_version"', '"version"'), "cannot be read: KeyError"),
+        (SENDER.replace("urlopen(request).read()", "no_such_server"), "aiperf left no"),
+        (
+            SENDER.replace(
+                "urllib.request.urlopen(request).read()", "raise urllib.error.HTTPError('', 404, '', {}, None)"
+            ),
+            "aiperf found no answer to 40 requests at either replica",
+        ),
     ],
 )
 def test_one_that_does_not_work_is_told_and_replaced_by_our_own_load(tmp_path: Path, text: str, says: str) -> None:
