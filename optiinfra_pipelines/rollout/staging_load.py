@@ -2,7 +2,8 @@
 
 Pure; randomness is a seed. The load is open loop, at the rate and with the lengths that a stable replica has now, so a
 slow server does not slow its own load. A stable replica carries its own traffic while it is asked; the candidate gets
-as much beside the compared requests, or it would look good by being idle. Sending is `resources.rollouts.staging`.
+so much beside the compared requests that it carries as much in all, or it would look good by being idle. More than that
+would bring down a candidate that is as good as a stable replica at its limit. Sending is `resources.rollouts.staging`.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def plan_round(mix: LoadMix, *, seed: int, index: int) -> list[PlannedRequest]:
     rng, pace = random.Random(f"{seed}-{index}-compared"), compared_per_second(mix)
     compared = _arrivals(mix, rng, pace, ROUND_REQUESTS, True)
     seconds = compared[-1].at_seconds
-    rate = min(mix.requests_per_second or 0.0, MOST_BACKGROUND_PER_SECOND)
+    rate = background_per_second(mix)
     rng = random.Random(f"{seed}-{index}-background")
     background = _arrivals(mix, rng, rate, math.floor(rate * seconds), False) if rate > 0 else []
     return sorted([*compared, *background], key=lambda one: one.at_seconds)
@@ -99,13 +100,16 @@ def compared_per_second(mix: LoadMix) -> float:
     return min(MOST_COMPARED_PER_SECOND, max(LEAST_COMPARED_PER_SECOND, share))
 
 
+def background_per_second(mix: LoadMix) -> float:
+    """What the candidate gets beside the compared requests, so that in all it carries what a stable replica does."""
+    return min(MOST_BACKGROUND_PER_SECOND, max(0.0, (mix.requests_per_second or 0.0) - compared_per_second(mix)))
+
+
 def describe(mix: LoadMix) -> str:
     """The load in words, for the record of the rollout."""
     lengths = "of the stored last hour" if mix.prompt_tokens and mix.answer_tokens else "assumed, as none are stored"
-    rate = mix.requests_per_second
-    carried = (
-        "at no load of its own" if rate is None else f"beside {min(rate, MOST_BACKGROUND_PER_SECOND):.2g} requests/s"
-    )
+    rate = background_per_second(mix)
+    carried = f"beside {rate:.2g} requests/s" if rate > 0 else "at no load of its own"
     return (
         f"open loop, {compared_per_second(mix):.2g} compared requests/s, the candidate {carried}; lengths {lengths}; "
         f"{mix.shared_prefix_ratio:.0%} of each prompt shared"

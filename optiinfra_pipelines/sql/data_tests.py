@@ -66,7 +66,8 @@ def failing_rows_sql(model: Model, test: DataTest, window: Window) -> str:
         case "freshness":
             limit = f"{_moment(window, 'end')} - to_seconds({(test.within_minutes or 0) * 60})"
             newest = f"select max({column}) as newest_at from {rows}"
-            return f"select * from ({newest}) where coalesce(newest_at < {limit}, true)"
+            awaited = f'exists (select "{test.field}" from "{test.to}")' if test.to else "true"
+            return f"select * from ({newest}) where coalesce(newest_at < {limit}, true) and {awaited}"
 
 
 def _moment(window: Window, edge: str) -> str:

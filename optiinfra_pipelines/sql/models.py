@@ -70,7 +70,8 @@ class DataTest(Noun):
 
     not_null: column. unique: columns. accepted_values: column, values. accepted_range: column, min and/or max,
     both inclusive. relationships: column, to, field. expression_is_true: expression (NULL passes: unknown is not
-    false). freshness: column, within_minutes before the end of the tested window.
+    false). freshness: column, within_minutes before the end of the tested window; with to and field, only where that
+    relation has rows: without them none are awaited.
     """
 
     kind: TestKind

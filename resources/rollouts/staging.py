@@ -250,12 +250,17 @@ class HttpStaging:
         self, server: Replica, planned: Sequence[PlannedRequest], is_over: threading.Event | None = None
     ) -> list[_Answer]:
         """Send each at its time, whatever became of those before; the answers to the compared ones."""
-        with ThreadPoolExecutor(max_workers=_MOST_IN_FLIGHT) as pool:
+        # Apart, so that a background that is stuck keeps no compared request back.
+        with (
+            ThreadPoolExecutor(max_workers=_MOST_IN_FLIGHT) as asking,
+            ThreadPoolExecutor(max_workers=_MOST_IN_FLIGHT) as beside,
+        ):
             begun, compared = time.monotonic(), []
             for one in planned:
                 if is_over is not None and is_over.is_set():
                     break
                 time.sleep(max(0.0, begun + one.at_seconds - time.monotonic()))
+                pool = asking if one.is_compared else beside
                 future = pool.submit(self._ask, server, one.prompt, one.max_tokens, ANSWER_SECONDS)
                 if one.is_compared:
                     compared.append(future)

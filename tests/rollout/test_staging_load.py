@@ -46,12 +46,14 @@ def test_a_stable_replica_gets_at_most_a_quarter_on_top_of_what_its_users_ask(
     assert f"open loop, {sent:.2g} compared requests/s" in describe(LoadMix(requests_per_second=carried))
 
 
-def test_the_background_has_the_rate_of_one_stable_replica() -> None:
+def test_the_candidate_carries_what_one_stable_replica_does() -> None:
     planned = plan_round(LoadMix(requests_per_second=10.0), seed=2, index=0)
     background = [one for one in planned if not one.is_compared]
 
-    assert len(background) / planned[-1].at_seconds == pytest.approx(10.0, rel=0.35)
+    assert len(planned) / planned[-1].at_seconds == pytest.approx(10.0, rel=0.35)
+    assert len(background) == pytest.approx(3 * ROUND_REQUESTS, rel=0.35)
     assert [one.at_seconds for one in planned] == sorted(one.at_seconds for one in planned)
+    assert all(one.is_compared for one in plan_round(LoadMix(requests_per_second=0.4), seed=2, index=0))
 
 
 def test_no_rate_is_too_high_for_one_candidate() -> None:

@@ -57,7 +57,7 @@ def test_the_installed_generator_compares_the_arms(tmp_path: Path) -> None:
         engine("--latency-ms", "3") as like,
         engine("--latency-ms", "60") as slow,
     ):
-        mix = staging_load.LoadMix(requests_per_second=5.0)
+        mix = staging_load.LoadMix(requests_per_second=35.0)
         good = staging(like, stable, generator=generator, mix=lambda: mix).test()
         bad = staging(slow, stable, generator=generator, mix=lambda: mix).test()
 

@@ -71,7 +71,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_candidate_like_its_peer_passes_and_the_load_is_on_record() -> None:
     with engine("--latency-ms", "5") as candidate, engine("--latency-ms", "5") as stable:
-        report = staging(candidate, stable, mix=lambda: staging_load.LoadMix(requests_per_second=5.0)).test()
+        report = staging(candidate, stable, mix=lambda: staging_load.LoadMix(requests_per_second=35.0)).test()
 
     assert report.kind is VerdictKind.PASS, report.reason
     assert report.evidence["requests"] == 40

@@ -257,6 +257,8 @@ def test_nothing_to_read_is_nothing_to_do(con: duckdb.DuckDBPyConnection, models
         (DataTest(kind="expression_is_true", expression="engine = 'vllm'"), 0),
         (DataTest(kind="freshness", column="minute_at", within_minutes=1), 0),
         (DataTest(kind="freshness", column="minute_at", within_minutes=0.5), 1),
+        (DataTest(kind="freshness", column="minute_at", within_minutes=0.5, to="stg_scrapes", field="target"), 1),
+        (DataTest(kind="freshness", column="minute_at", within_minutes=0.5, to="stg_fleet_targets", field="target"), 0),
     ],
     ids=lambda value: f"{value.kind} {value.column or ''}" if isinstance(value, DataTest) else "",
 )
