@@ -47,13 +47,15 @@ class LoadMix:
     """What a stable replica serves. Histograms of tokens per request, None where not stored.
 
     requests_per_second: of one replica, None where not known. shared_prefix_ratio: share of each prompt's words that
-    all prompts begin with; 0 asks for every prompt anew, as a cold cache would.
+    all prompts begin with; 0 asks for every prompt anew, as a cold cache would. most_in_flight: requests that one
+    replica ever had at once, running and waiting.
     """
 
     prompt_tokens: StableHistogram | None = None
     answer_tokens: StableHistogram | None = None
     requests_per_second: float | None = None
     shared_prefix_ratio: float = 0.0
+    most_in_flight: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.shared_prefix_ratio <= 1:

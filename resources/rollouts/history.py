@@ -52,6 +52,17 @@ from (
 where hits between 0 and queries
 """
 
+# Of one replica, all its ranks together; NULL where a page tells no running requests.
+_IN_FLIGHT = """
+select max(in_flight) as in_flight
+from (
+    select sum(requests_running + coalesce(requests_waiting, 0)) as in_flight
+    from raw_engine_samples
+    where list_contains(?, target) and scraped_at > ? and scraped_at <= ?
+    group by target, scraped_at
+)
+"""
+
 
 @dataclass(frozen=True)
 class _Increments:
@@ -92,8 +103,8 @@ class StableHistory:
         return calibrate(replays, null_odds, alpha=alpha, drift=drifts(replicas, null_odds) if replays else ())
 
     def load_mix(self, now: datetime) -> LoadMix:
-        """Lengths, rate and cache hits of one replica in the last hour, for a staging test; what is not stored stays
-        unknown, and prompts that share nothing.
+        """Lengths, rate, cache hits and most requests in flight of one replica in the last hour, for a staging test;
+        what is not stored stays unknown, and prompts that share nothing.
         """
         prompts, answers = (self.minutes(signal, now) for signal in ("prompt_tokens", "generation_tokens"))
         seconds = 60.0 * len(prompts) * len(self._targets)
@@ -102,7 +113,14 @@ class StableHistory:
             merge(answers) if answers else None,
             sum(one.total for one in prompts) / seconds if prompts else None,
             self._hit_ratio(now),
+            self._in_flight(now),
         )
+
+    def _in_flight(self, now: datetime) -> int | None:
+        """Most requests at one replica at one look; None where none is told."""
+        found = self._read(_IN_FLIGHT, [self._targets, now - REFERENCE, now])
+        most = None if found is None or found.is_empty() else found.item(0, 0)
+        return None if most is None else int(most)
 
     def _hit_ratio(self, now: datetime) -> float:
         """Share of prompt tokens that lay in the prefix cache; 0 where none is counted."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -149,8 +149,9 @@ class HttpStaging:
             # A repeated test asks new prompts: those of the one before lie in both arms' prefix caches.
             planned = plan_round(mix, seed=_SEED, index=self._rounds)
             self._rounds += 1
-            round_ours, round_theirs = self._generated(candidate, stable, planned, sent) or self._sent(
-                candidate, stable, planned
+            most = min(_MOST_IN_FLIGHT, mix.most_in_flight or _MOST_IN_FLIGHT)
+            round_ours, round_theirs = self._generated(candidate, stable, planned, most, sent) or self._sent(
+                candidate, stable, planned, most
             )
             ours += round_ours
             theirs += round_theirs
@@ -167,15 +168,15 @@ class HttpStaging:
         }
         return verdict, numbers
 
-    def _sent(self, candidate: Replica, stable: Replica, planned: Sequence[PlannedRequest]) -> _Arms:
+    def _sent(self, candidate: Replica, stable: Replica, planned: Sequence[PlannedRequest], most: int) -> _Arms:
         """One round by ourselves: seconds of each compared request at the candidate and at the stable replica."""
         with ThreadPoolExecutor(max_workers=2) as both:
-            at_candidate = both.submit(self._send, candidate, planned)
-            at_stable = both.submit(self._send, stable, [one for one in planned if one.is_compared])
+            at_candidate = both.submit(self._send, candidate, planned, most)
+            at_stable = both.submit(self._send, stable, [one for one in planned if one.is_compared], most)
             return [one.taken for one in at_candidate.result()], [one.taken for one in at_stable.result()]
 
     def _generated(
-        self, candidate: Replica, stable: Replica, planned: Sequence[PlannedRequest], sent: dict[str, Any]
+        self, candidate: Replica, stable: Replica, planned: Sequence[PlannedRequest], most: int, sent: dict[str, Any]
     ) -> _Arms | None:
         """One round by the standard generator, the candidate's background by ourselves; None where there is none.
 
@@ -189,7 +190,7 @@ class HttpStaging:
         is_over = threading.Event()
         try:
             with ThreadPoolExecutor(max_workers=3) as pool:
-                besides = pool.submit(self._load_beside, candidate, background, is_over)
+                besides = pool.submit(self._load_beside, candidate, background, most, is_over)
                 arms = [
                     pool.submit(generator.run, one.url, self._model, compared, _SEED) for one in (candidate, stable)
                 ]
@@ -207,10 +208,12 @@ class HttpStaging:
         sent["generator"] = f"{generator.name} {ours.version}"
         return list(ours.seconds), list(theirs.seconds)
 
-    def _load_beside(self, server: Replica, background: Sequence[PlannedRequest], is_over: threading.Event) -> None:
+    def _load_beside(
+        self, server: Replica, background: Sequence[PlannedRequest], most: int, is_over: threading.Event
+    ) -> None:
         """The background again and again until the compared load is over: a generator takes its time to start."""
         while background and not is_over.is_set():
-            self._send(server, background, is_over)
+            self._send(server, background, most, is_over)
 
     def _why_not(self, server: Replica) -> str | None:
         try:
@@ -247,23 +250,30 @@ class HttpStaging:
         return None
 
     def _send(
-        self, server: Replica, planned: Sequence[PlannedRequest], is_over: threading.Event | None = None
+        self, server: Replica, planned: Sequence[PlannedRequest], most: int, is_over: threading.Event | None = None
     ) -> list[_Answer]:
-        """Send each at its time, whatever became of those before; the answers to the compared ones."""
+        """Send each at its time, whatever became of those before; the answers to the compared ones.
+
+        most: of the background in flight. One more is left out, as no user of a stable replica ever met more either:
+        clients wait for answers, and a saturated candidate would drown where its peer does not.
+        """
         # Apart, so that a background that is stuck keeps no compared request back.
         with (
             ThreadPoolExecutor(max_workers=_MOST_IN_FLIGHT) as asking,
             ThreadPoolExecutor(max_workers=_MOST_IN_FLIGHT) as beside,
         ):
-            begun, compared = time.monotonic(), []
+            begun, compared, background = time.monotonic(), list[Future[_Answer]](), list[Future[_Answer]]()
             for one in planned:
                 if is_over is not None and is_over.is_set():
                     break
                 time.sleep(max(0.0, begun + one.at_seconds - time.monotonic()))
-                pool = asking if one.is_compared else beside
-                future = pool.submit(self._ask, server, one.prompt, one.max_tokens, ANSWER_SECONDS)
+                told = (server, one.prompt, one.max_tokens, ANSWER_SECONDS)
                 if one.is_compared:
-                    compared.append(future)
+                    compared.append(asking.submit(self._ask, *told))
+                    continue
+                background = [future for future in background if not future.done()]
+                if len(background) < most:
+                    background.append(beside.submit(self._ask, *told))
             return [future.result() for future in compared]
 
     def _ask(

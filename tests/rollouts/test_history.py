@@ -101,8 +101,11 @@ def test_the_load_of_a_staging_test_shares_what_production_shares(warehouse: War
         rows += [
             common | {"target": "a", "prefix_cache_queries_total": counted, "prefix_cache_hits_total": 0.7 * counted},
             common | {"target": "b", "prefix_cache_queries_total": counted, "prefix_cache_hits_total": counted},
+            common | {"target": "a", "engine_rank": "1", "requests_running": look % 5, "requests_waiting": look % 20},
         ]
     warehouse.append("samples", {"raw_engine_samples": raw_tables()["raw_engine_samples"].frame(rows)})
 
     assert history.load_mix(NOW).shared_prefix_ratio == pytest.approx(0.7)
+    assert history.load_mix(NOW).most_in_flight == 4 + 19
+    assert history.load_mix(NOW + timedelta(hours=2)).most_in_flight is None
     assert history.load_mix(NOW + timedelta(hours=2)).shared_prefix_ratio == 0.0

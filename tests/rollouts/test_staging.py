@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import httpx
 import pytest
 
 from optiinfra_pipelines.domain.verdicts import VerdictKind
@@ -89,6 +90,20 @@ def test_one_that_is_far_slower_or_fails_its_requests_does_not() -> None:
         assert "requests failed" in (failing := staging(broken, stable).test()).reason
     assert slower.kind is VerdictKind.FAIL
     assert failing.kind is VerdictKind.FAIL
+
+
+def test_the_background_of_a_slow_candidate_waits_for_answers_as_users_do() -> None:
+    """Twenty a second beside the compared ones, and never more than two at once: a stable replica never had three."""
+    mix = staging_load.LoadMix(requests_per_second=50.0, most_in_flight=2)
+    with engine("--latency-ms", "2") as stable, engine("--latency-ms", "1500") as slow:
+        report = staging(slow, stable, mix=lambda: mix).test()
+        page = httpx.get(slow.metrics).text
+
+    assert report.kind is VerdictKind.FAIL
+    [served] = [line.split()[-1] for line in page.splitlines() if line.startswith("vllm:request_success_total")]
+    rounds = report.evidence["requests"] // 40
+    # Every compared one, the proof of readiness, and two at a time for the few seconds of each round.
+    assert 40 * rounds + 1 <= float(served) <= 40 * rounds + 1 + 12 * rounds
 
 
 @pytest.mark.slow
