@@ -26,7 +26,9 @@ COMPARED_SHARE, LEAST_COMPARED_PER_SECOND, MOST_COMPARED_PER_SECOND = 0.25, 0.5,
 # Where nobody knows what a replica carries.
 USUAL_COMPARED_PER_SECOND = 1.0
 # A stable replica with a queue answers late and is no failure for that.
-ANSWER_SECONDS = 60.0
+ANSWER_SECONDS = 120.0
+# Seconds of a request that was given up after ANSWER_SECONDS.
+LATE = math.inf
 # One candidate is not asked for more than this beside them, whatever production does.
 MOST_BACKGROUND_PER_SECOND = 20.0
 # Away from traffic a test must find a candidate that breaks, not measure it: the canary does that.
@@ -124,29 +126,41 @@ def judge_load(
     """Judge seconds of each compared request at (candidate, stable), None where it failed; all rounds so far.
 
     Request by request: is the candidate over three times slower on more than half of them? An exact sign test, its
-    error shared by the rounds. NODATA without a request that both answered, no PASS where most were not.
+    error shared by the rounds. A LATE one is as slow as ANSWER_SECONDS at least: where that decides nothing, it is left
+    out. NODATA without a request that compares, no PASS where most do not.
     """
     failed, usual = sum(one is None for one in ours), sum(one is None for one in theirs)
+    late = sum(one == LATE for one in ours)
     if failed > usual + 1:
         return LoadVerdict(VerdictKind.FAIL, f"{failed} of {len(ours)} requests failed, {usual} at a stable replica")
-    pairs = [(one, other) for one, other in zip(ours, theirs, strict=True) if one is not None and other is not None]
+    answered = [(one, other) for one, other in zip(ours, theirs, strict=True) if one is not None and other is not None]
+    pairs = [(min(one, ANSWER_SECONDS), other) for one, other in answered if _compares(one, other)]
     if not pairs:
-        return LoadVerdict(VerdictKind.NODATA, f"no request of {len(ours)} was answered by both replicas")
+        return LoadVerdict(VerdictKind.NODATA, f"no request of {len(ours)} was answered in time by both replicas")
     slower = sum(1 for one, other in pairs if one > MAX_SLOWDOWN_RATIO * other)
     ratio = sorted(one / max(other, 1e-9) for one, other in pairs)[len(pairs) // 2]
     counts = (
-        f"{len(ours)} requests, {failed} failed, median {ratio:.2f}x a stable replica's; {slower} of {len(pairs)} took "
-        f"over {MAX_SLOWDOWN_RATIO:g}x"
+        f"{len(ours)} requests, {failed} failed, {f'{late} unanswered in {ANSWER_SECONDS:.0f} s, ' if late else ''}"
+        f"median {ratio:.2f}x a stable replica's; {slower} of {len(pairs)} took over {MAX_SLOWDOWN_RATIO:g}x"
     )
     if float(binom.sf(slower - 1, len(pairs), 0.5)) <= FAIL_ERROR / most_rounds:
         return LoadVerdict(VerdictKind.FAIL, counts)
     if len(pairs) < LEAST_ANSWERED_RATIO * len(ours):
         return LoadVerdict(
-            VerdictKind.INCONCLUSIVE, f"{counts}; {usual} failed at the stable replica, so most compare nothing"
+            VerdictKind.INCONCLUSIVE,
+            f"{counts}; {usual} failed and {sum(one == LATE for one in theirs)} were late at the stable replica, so "
+            "most compare nothing",
         )
     if float(binom.cdf(slower, len(pairs), 0.5)) <= PASS_ERROR / most_rounds:
         return LoadVerdict(VerdictKind.PASS, counts)
     return LoadVerdict(VerdictKind.INCONCLUSIVE, f"{counts}, which shows neither")
+
+
+def _compares(one: float, other: float) -> bool:
+    """Whether it can be told if the first is over the limit."""
+    if one < LATE:
+        return True
+    return other < LATE and MAX_SLOWDOWN_RATIO * other < ANSWER_SECONDS
 
 
 def _arrivals(mix: LoadMix, rng: random.Random, rate: float, count: int, is_compared: bool) -> list[PlannedRequest]:

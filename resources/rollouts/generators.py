@@ -31,8 +31,8 @@ from optiinfra_pipelines.rollout.load_generators import (
 from optiinfra_pipelines.rollout.staging_load import PlannedRequest
 
 # aiperf took 19 s for 10 s of load on an idle core and 40 s on a busy one; `vllm` imports PyTorch first. The longest
-# load takes 80 s, its last answer 60 s more.
-RUN_SECONDS = 240.0
+# load takes 80 s, its last answer two minutes more.
+RUN_SECONDS = 300.0
 # Not for a tool that prints its environment or sends what it measured somewhere.
 _SECRETS = ("OPTIINFRA_", "GROQ_")
 

@@ -23,6 +23,7 @@ from optiinfra_pipelines.rollout.load_generators import GeneratorError, payload
 from optiinfra_pipelines.rollout.quality import Prompt, compare
 from optiinfra_pipelines.rollout.staging_load import (
     ANSWER_SECONDS,
+    LATE,
     MAX_ROUNDS,
     LoadMix,
     LoadVerdict,
@@ -46,7 +47,8 @@ _SEED = 20_260_102
 
 # KV cache of a replica in tokens, as it tells now; None where it does not.
 KvTokens = Callable[[Replica], float | None]
-# Seconds of each compared request at the candidate and at the stable replica, None where it failed.
+# Seconds of each compared request at the candidate and at the stable replica, None where it failed, LATE where
+# it was given up.
 _Arms = tuple[list[float | None], list[float | None]]
 
 
@@ -54,10 +56,13 @@ _Arms = tuple[list[float | None], list[float | None]]
 class _Answer:
     seconds: float
     text: str | None
+    is_late: bool = False
 
     @property
     def taken(self) -> float | None:
-        """Seconds it took; None where it failed."""
+        """Seconds it took; LATE where it was given up, None where it failed."""
+        if self.is_late:
+            return LATE
         return None if self.text is None else self.seconds
 
 
@@ -162,7 +167,9 @@ class HttpStaging:
             **sent,
             "requests": len(ours),
             "candidate_failed": sum(one is None for one in ours),
+            "candidate_late": sum(one == LATE for one in ours),
             "stable_failed": sum(one is None for one in theirs),
+            "stable_late": sum(one == LATE for one in theirs),
             "candidate_median_seconds": _median(ours),
             "stable_median_seconds": _median(theirs),
         }
@@ -280,16 +287,18 @@ class HttpStaging:
         self, server: Replica, prompt: str, max_tokens: int, within_seconds: float = COMPLETION_SECONDS
     ) -> _Answer:
         body = payload(prompt, max_tokens, self._model)
-        begun = time.monotonic()
+        begun, is_late = time.monotonic(), False
         try:
             reply = self._client.post(f"{server.url.rstrip('/')}/v1/completions", json=body, timeout=within_seconds)
             text = str(reply.json()["choices"][0]["text"]) if reply.status_code == 200 else None
+        except httpx.ReadTimeout:
+            text, is_late = None, True
         except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError):
             text = None
-        return _Answer(time.monotonic() - begun, text)
+        return _Answer(time.monotonic() - begun, text, is_late)
 
 
 def _median(taken: Sequence[float | None]) -> float | None:
     """Of the requests that were answered; None without any."""
-    times = sorted(one for one in taken if one is not None)
+    times = sorted(one for one in taken if one is not None and one < LATE)
     return times[len(times) // 2] if times else None

@@ -151,7 +151,7 @@ def test_the_load_of_a_real_engine_is_more_than_it_was_seen_to_carry() -> None:
 
     assert slow.most == 4
     assert 20 < load.requests_per_second <= 1.3 * 80
-    assert load.max_in_flight == 24
+    assert load.max_in_flight == 16
 
 
 def test_only_its_own_folder_is_emptied(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from optiinfra_pipelines.domain.verdicts import VerdictKind
 from optiinfra_pipelines.rollout.margins import StableHistogram
 from optiinfra_pipelines.rollout.staging_load import (
+    LATE,
     MAX_ROUNDS,
     ROUND_REQUESTS,
     LoadMix,
@@ -136,5 +137,18 @@ def test_failures_at_both_replicas_are_no_pass() -> None:
     verdict = judge_load(ours, theirs)
 
     assert verdict.kind is VerdictKind.INCONCLUSIVE
-    assert "30 failed at the stable replica" in verdict.reason
+    assert "30 failed and 0 were late at the stable replica" in verdict.reason
     assert judge_load([0.1] * 40, [0.1] * 20 + [None] * 20).kind is VerdictKind.PASS
+
+
+def test_an_answer_that_was_given_up_is_slow_where_that_is_sure() -> None:
+    """After two minutes: three times a stable replica's 30 s, not of 50 s; a stable replica's own makes no slow one."""
+    hung, quick, slow = [LATE] * 40, [30.0] * 40, [50.0] * 40
+
+    assert judge_load(hung, quick).kind is VerdictKind.FAIL
+    assert "40 unanswered in 120 s" in judge_load(hung, quick).reason
+    assert judge_load(hung, slow).kind is VerdictKind.NODATA
+    assert judge_load([*hung[:26], *slow[26:]], slow).kind is VerdictKind.INCONCLUSIVE
+    assert judge_load([*hung[:5], *slow[5:]], slow).kind is VerdictKind.PASS
+    assert judge_load(slow, [*hung[:30], *slow[30:]]).kind is VerdictKind.PASS
+    assert judge_load(hung, hung).kind is VerdictKind.NODATA

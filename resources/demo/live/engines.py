@@ -171,4 +171,4 @@ def measured_load(url: str, engine: LiveEngine) -> Load:
         list(pool.map(ask, range(_ROUNDS * slots)))
         seconds = time.monotonic() - began
     rate = _OVERLOAD_RATIO * _ROUNDS * slots / seconds
-    return Load(MODEL_NAME, rate, max_in_flight=6 * slots, prompt_bytes=prompts, output_tokens=outputs)
+    return Load(MODEL_NAME, rate, max_in_flight=4 * slots, prompt_bytes=prompts, output_tokens=outputs)
