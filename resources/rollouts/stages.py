@@ -277,7 +277,8 @@ class TrafficStage:
             wanted = candidates_for(
                 step.percent, executor.target.stable_replicas(), row.proposal.plan.candidate_replicas
             )
-            start_candidates(executor, row, wanted)
+            if (executor.target.observe().candidates or 0) < wanted:
+                start_candidates(executor, row, wanted)
             self._background = Background(self._staging)
         return self._background.not_ready(now)
 
@@ -341,10 +342,8 @@ class TrafficStage:
 
 
 def start_candidates(executor: Executor, row: Rollout, count: int) -> None:
-    """Have so many candidates run; a repetition changes nothing."""
-    running = executor.target.observe().candidates
-    if running is not None and running >= count:
-        return
+    """Have so many candidates run; a repetition changes nothing, and completes what an earlier one left half done."""
+    count = max(count, executor.target.observe().candidates or 0)
     flags = full_flags(row.proposal.change)
     executor.act(
         f"have {count} candidate replicas run",

@@ -150,3 +150,27 @@ def serve_cut(server: socket.socket) -> None:
         length, body = (0, b"") if is_check else (100, b"abc")
         connection.sendall(f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n".encode() + body)
         connection.close()
+
+
+def test_a_candidate_started_while_the_gateway_was_away_is_not_nobodys(gateway: Gateway, target: HaproxyTarget) -> None:
+    """Its process ran, its server could not be told; the next executor finds it, and it gets its share."""
+    target.claim("r-1", 1)
+    target.start_candidates(1, {}, 1)
+    target.drain(1)
+    target.stop_candidates(1)
+    gateway.kill()
+    with pytest.raises(TargetError, match="does not answer"):
+        target.start_candidates(1, {"max_num_seqs": "128"}, 1)
+    gateway.start()
+
+    again = HaproxyTarget(gateway.settings, gateway.folder, gateway.launcher)
+    again.claim("r-1", 2)
+    assert again.observe().candidates == 1
+    assert [one.server for one in again.started_arm()] == ["c0"]
+    port = gateway.settings.candidates[0].url.rsplit(":", 1)[1]
+    again.set_share(50.0, 2)
+    until = time.monotonic() + 20
+    with Clients(gateway.port, threads=2) as clients:
+        # The engine starts, and the gateway asks for its health every half second.
+        while clients.share({port}, 20) < 0.3:
+            assert time.monotonic() < until

@@ -141,9 +141,11 @@ class HaproxyTarget:
         if len(servers) < count:
             raise TargetError(f"{count} candidates, but the backend has {len(servers)} servers for them")
         with self._state.held(token) as state:
+            # Written before anything starts: a candidate that runs while the gateway is away must not be nobody's.
             state["started"] = count
             # Over what completed rollouts left: a change of one flag must not take the others back.
             given = state["candidate_flags"] = _over(state.get("stable_flags", {}), flags)
+        with self._state.held(token):
             for server in servers:
                 if self._settings.launch is not None:
                     try:
@@ -160,6 +162,9 @@ class HaproxyTarget:
             wanted = self._weights(percent, original)
             if percent > 0:
                 state["exposed"] = state.get("rollout_id")
+                for server in self.started_servers():
+                    # It may have been started while the gateway was away, and still drain from an earlier rollout.
+                    self._socket.set_state(self._settings.backend, server.server, "ready")
             present = self._socket.servers(self._settings.backend)
             # Up before down: at no moment is every weight 0, and a share falls or rises without overshooting.
             changes = sorted(wanted.items(), key=lambda item: item[1] < present[item[0]].weight)
