@@ -4,11 +4,12 @@ Names and checks of shape only; whether a proposal is fit is `rollout.proposal`,
 """
 
 from datetime import datetime
+from typing import cast
 
 import dagster as dg
 from pydantic import Field
 
-from optiinfra_pipelines.domain.rollouts import Change, KnobGroup, Proposal, RolloutPlan
+from optiinfra_pipelines.domain.rollouts import Change, KnobGroup, LatencySignal, Proposal, RolloutPlan
 from optiinfra_pipelines.rollout.knobs import group_of
 
 _PLAN = RolloutPlan()
@@ -51,6 +52,11 @@ class ProposeConfig(dg.Config):
         ge=0,
         description="Least time not judged after each growth; lasts on until the cache's hit rate has settled, ten "
         "times this at most. 0: none.",
+    )
+    latency_signals: list[str] = Field(
+        list(_PLAN.latency_signals),
+        description="Latencies that must not suffer, of time_to_first_token_seconds, time_per_output_token_seconds, "
+        "inter_token_latency_seconds and request_duration_seconds. More batch slots make each token later by design.",
     )
     candidate_replicas: int = Field(1, ge=1, description="Replicas to begin with.")
     expected_kv_tokens: float | None = Field(
@@ -98,6 +104,8 @@ def to_proposal(config: ProposeConfig, rollout_id: str, change: Change, now: dat
         alpha=config.alpha,
         min_requests=config.min_requests,
         warm_up_seconds=config.warm_up_seconds,
+        # The plan tells which there are.
+        latency_signals=cast("tuple[LatencySignal, ...]", tuple(config.latency_signals)),
         candidate_replicas=config.candidate_replicas,
         expected_kv_tokens=config.expected_kv_tokens,
     )

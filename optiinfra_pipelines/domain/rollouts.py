@@ -77,6 +77,12 @@ Flag = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*([_\-][a-z0-9]+)*$", max_le
 # One argument of one process: printable, on one line. It is never handed to a shell.
 FlagValue = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=400)]
 Percent = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
+LatencySignal = Literal[
+    "time_to_first_token_seconds",
+    "time_per_output_token_seconds",
+    "inter_token_latency_seconds",
+    "request_duration_seconds",
+]
 TargetKind = Literal["dry_run", "haproxy", "kubernetes", "orchestrator"]
 
 
@@ -120,7 +126,10 @@ class RolloutPlan(Frozen):
         description="Least time not judged after each growth of the share; lasts on until the cache's hit rate has "
         "settled, ten times this at most. 0: none.",
     )
-    latency_signals: tuple[str, ...] = ("time_to_first_token_seconds", "time_per_output_token_seconds")
+    latency_signals: Annotated[tuple[LatencySignal, ...], Field(min_length=1)] = (
+        "time_to_first_token_seconds",
+        "time_per_output_token_seconds",
+    )
     candidate_replicas: Annotated[int, Field(ge=1)] = 1
     expected_kv_tokens: Positive | None = Field(
         default=None, description="KV cache the candidate should have; over 5 % less stops the rollout."
