@@ -7,14 +7,25 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
+
 from optiinfra_pipelines.domain.fleet import Deployment, Fleet
 from optiinfra_pipelines.domain.rollout_policy import DeploymentRollouts, RolloutPolicy
 from optiinfra_pipelines.domain.rollout_targets import KubernetesSettings
-from optiinfra_pipelines.domain.rollouts import Change, KnobGroup, Proposal, RolloutPlan
+from optiinfra_pipelines.domain.rollouts import Change, KnobGroup, Proposal, RolloutPlan, RolloutState
 from resources.rollouts.clock import Moment, now_here
 from resources.rollouts.desk import Rollouts
 
 SPEED = 12.0
+# One change that helps and one that doubles each latency, and how a rollout of each must end.
+GOOD_AND_SLOW = pytest.mark.parametrize(
+    ("group", "flags", "ends"),
+    [
+        (KnobGroup.BATCHING, {"max_num_seqs": "128"}, RolloutState.COMPLETED),
+        (KnobGroup.OTHER, {"latency_ms": "45"}, RolloutState.ROLLED_BACK),
+    ],
+    ids=["good", "slow"],
+)
 
 
 class Fast:

@@ -18,7 +18,7 @@ from resources.rollouts.targets.kubernetes.target import STATE
 from tests.rollouts import kube_kit, kube_real
 from tests.rollouts.kube_pods import Node, Proxy
 from tests.rollouts.kube_real import RealServer
-from tests.rollouts.kube_rollouts import whole_rollout
+from tests.rollouts.kube_rollouts import GOOD_AND_SLOW, whole_rollout
 
 pytestmark = [
     pytest.mark.engine,
@@ -55,14 +55,7 @@ def settings(server: RealServer, node: Node, folder: Path, proxy: Proxy | None =
     return kube_kit.settings(server, folder, port=node.port, gateway=page)
 
 
-@pytest.mark.parametrize(
-    ("group", "flags", "ends"),
-    [
-        (KnobGroup.BATCHING, FLAGS, RolloutState.COMPLETED),
-        (KnobGroup.OTHER, {"latency_ms": "45"}, RolloutState.ROLLED_BACK),
-    ],
-    ids=["good", "slow"],
-)
+@GOOD_AND_SLOW
 def test_whole_rollouts_under_traffic(
     server: RealServer,
     node: Node,

@@ -16,7 +16,7 @@ from resources.rollouts.targets import TargetError
 from resources.rollouts.targets.gateway_page import GatewayCounters
 from tests.rollouts import kube_kit
 from tests.rollouts.kube_pods import Node, Proxy
-from tests.rollouts.kube_rollouts import Fast, approved, rollouts, whole_rollout
+from tests.rollouts.kube_rollouts import GOOD_AND_SLOW, Fast, approved, rollouts, whole_rollout
 from tests.rollouts.kube_server import KubeServer
 
 
@@ -95,14 +95,7 @@ def test_a_proxys_page_counts_answers_of_5xx_and_none_at_all(server: KubeServer,
 
 @pytest.mark.slow
 @pytest.mark.timeout(420)
-@pytest.mark.parametrize(
-    ("group", "flags", "ends"),
-    [
-        (KnobGroup.BATCHING, {"max_num_seqs": "128"}, RolloutState.COMPLETED),
-        (KnobGroup.OTHER, {"latency_ms": "45"}, RolloutState.ROLLED_BACK),
-    ],
-    ids=["good", "slow"],
-)
+@GOOD_AND_SLOW
 def test_whole_rollouts_under_traffic(
     server: KubeServer,
     node: Node,

@@ -74,7 +74,7 @@ EXPORT nvml_return nvmlSystemGetDriverVersion(char *out, unsigned int size) {
 
 EXPORT nvml_return nvmlSystemGetNVMLVersion(char *out, unsigned int size) {
     ENTER_SYSTEM();
-    return give_text(out, size, script.library);
+    return give_text(out, size, script.nvml_version);
 }
 
 EXPORT nvml_return nvmlSystemGetCudaDriverVersion_v2(int *out) {

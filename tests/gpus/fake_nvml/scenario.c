@@ -147,7 +147,7 @@ static bool read_line(char *line) {
     if (!strcmp(verb, "fail")) return read_fault(line, from);
     if (!strcmp(verb, "xid")) return read_xid(line, from);
     if (!strcmp(verb, "driver")) return sscanf(line, "%79s", script.driver) == 1;
-    if (!strcmp(verb, "library")) return sscanf(line, "%79s", script.library) == 1;
+    if (!strcmp(verb, "library")) return sscanf(line, "%79s", script.nvml_version) == 1;
     if (!strcmp(verb, "cuda")) return sscanf(line, "%d", &script.cuda) == 1;
     return false;
 }
@@ -155,7 +155,7 @@ static bool read_line(char *line) {
 bool scenario_load(void) {
     const char *path = getenv("FAKE_NVML_SCENARIO");
     FILE *file = path ? fopen(path, "r") : NULL;
-    script = (scenario){.driver = "590.48.01", .library = "13.590.48.01", .cuda = 13010};
+    script = (scenario){.driver = "590.48.01", .nvml_version = "13.590.48.01", .cuda = 13010};
     started_us = clock_us();
     counted_count = 0;
     if (!file) return false;

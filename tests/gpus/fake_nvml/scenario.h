@@ -62,7 +62,7 @@ typedef struct {
 
 typedef struct {
     char driver[80];
-    char library[80];
+    char nvml_version[80];
     int cuda;
     int gpu_count;
     int device_count;
